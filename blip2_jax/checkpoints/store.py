@@ -1,0 +1,149 @@
+"""Our own checkpoints, with Orbax: what is trained, the optimizer, where the data stand, and what it all rests on.
+
+WORKDIR/checkpoints/STEP/
+  trainable/  optimizer/  run/     arrays
+  data/                            state of the batch iterator
+  frozen.json                      source, SHA-256 and dtype of each frozen part
+  config.json                      the resolved configuration
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+from typing import Any
+
+import jax
+import orbax.checkpoint.experimental.v1 as ocp
+
+from blip2_jax import params
+
+
+@dataclasses.dataclass
+class TrainState:
+    """All that a training step changes.
+
+    Attributes:
+      step: int32[], steps done.
+      rng: key of the run; each step folds its number in.
+      trainable: the parameters.
+      optimizer: state of the optimizer.
+    """
+
+    step: jax.Array
+    rng: jax.Array
+    trainable: params.Tree
+    optimizer: Any
+
+
+jax.tree_util.register_dataclass(TrainState, ["step", "rng", "trainable", "optimizer"], [])
+
+
+class _Facts:
+    """JSON files beside the arrays of a checkpoint, committed together with them."""
+
+    def __init__(self, **files: dict):
+        self._files = files
+
+    async def save(self, directory):
+        async def write():
+            path = await directory.await_creation()
+            for name, content in self._files.items():
+                (path.parent / f"{name}.json").write_text(json.dumps(content, indent=2, sort_keys=True))
+
+        return write()
+
+    async def load(self, directory):
+        async def read():
+            return None
+
+        return read()
+
+
+class Store:
+    """The checkpoints of one workdir."""
+
+    def __init__(self, directory: pathlib.Path, keep: int = 2):
+        """Open the checkpoints under `directory`, of which the newest `keep` stay."""
+        self._checkpointer = ocp.training.Checkpointer(
+            directory.absolute(),
+            save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
+            preservation_policy=ocp.training.preservation_policies.LatestN(keep),
+            cleanup_tmp_directories=True,
+        )
+
+    @property
+    def newest(self) -> int | None:
+        """Step of the newest whole checkpoint."""
+        latest = self._checkpointer.latest
+        return None if latest is None else latest.step
+
+    def save(self, state: TrainState, data: Any, config: dict, frozen: dict) -> None:
+        """Write a checkpoint of this step; it appears whole or not at all."""
+        self._checkpointer.save_checkpointables(
+            int(state.step),
+            {
+                "trainable": state.trainable,
+                "optimizer": state.optimizer,
+                "run": {"step": state.step, "rng": jax.random.key_data(state.rng)},
+                "data": data,
+                "facts": _Facts(config=config, frozen=frozen),
+            },
+            force=True,
+        )
+
+    def restore(self, like: TrainState, data: Any) -> TrainState:
+        """The newest checkpoint, with the structure and shardings of `like`; `data` is set to where it stood."""
+        abstract = jax.tree.map(ocp_abstract, (like.trainable, like.optimizer, like.step))
+        key_data = jax.random.key_data(like.rng)
+        loaded = self._checkpointer.load_checkpointables(
+            self.newest,
+            {
+                "trainable": abstract[0],
+                "optimizer": abstract[1],
+                "run": {"step": abstract[2], "rng": ocp_abstract(key_data)},
+                "data": data,
+            },
+        )
+        rng = jax.random.wrap_key_data(loaded["run"]["rng"], impl=jax.random.key_impl(like.rng))
+        return TrainState(loaded["run"]["step"], rng, loaded["trainable"], loaded["optimizer"])
+
+    def close(self) -> None:
+        self._checkpointer.close()
+
+
+def ocp_abstract(leaf: jax.Array) -> jax.ShapeDtypeStruct:
+    """What Orbax restores an array into: its shape, dtype and sharding."""
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+
+
+def find_checkpoint(path: str | pathlib.Path) -> pathlib.Path:
+    """The checkpoint that a user means: a workdir's newest, or a checkpoint itself.
+
+    Raises:
+      FileNotFoundError: there is none.
+    """
+    path = pathlib.Path(path).expanduser().absolute()
+    if (path / "frozen.json").exists():
+        return path
+    folder = path / "checkpoints"
+    steps = [step for step in folder.glob("*") if step.name.isdigit() and (step / "frozen.json").exists()]
+    if not steps:
+        raise FileNotFoundError(
+            f"{path} holds no checkpoint: expected a workdir with checkpoints/STEP/frozen.json, or such a STEP"
+        )
+    return max(steps, key=lambda step: int(step.name))
+
+
+def read_facts(checkpoint: pathlib.Path) -> tuple[dict, dict]:
+    """The configuration and the frozen parts of a checkpoint."""
+    return tuple(json.loads((checkpoint / name).read_text()) for name in ("config.json", "frozen.json"))
+
+
+def load_trainable(checkpoint: pathlib.Path) -> params.Tree:
+    """The trainable tree of a checkpoint, on the first device."""
+    saved = ocp.metadata(checkpoint, checkpointable_name="trainable").metadata
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), saved)
+    return ocp.load_checkpointables(checkpoint, {"trainable": abstract})["trainable"]

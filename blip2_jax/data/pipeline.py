@@ -1,0 +1,161 @@
+"""From sources to batches, on Grain: shuffled, mixed, repeated, augmented, tokenized, and resumable to the exact batch.
+
+Every random choice belongs to a position in the stream, not to a moment, so an iterator whose state is restored goes on
+as if it had never stopped.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import grain
+import jax
+import numpy as np
+
+from blip2_jax.data.features import FeatureTable, View
+from blip2_jax.data.sources import Record, Source, identify
+
+Batch = dict[str, np.ndarray]
+Schema = Mapping[str, jax.ShapeDtypeStruct]
+
+
+@dataclasses.dataclass(frozen=True)
+class Pictures:
+    """A source with the way its pictures reach a batch: as pixels, or as image tokens computed before.
+
+    Attributes:
+      name: the string that names the source.
+      source: its records.
+      view: how pixels are rendered.
+      features: the table of image tokens, or None.
+    """
+
+    name: str
+    source: Source
+    view: View
+    features: FeatureTable | None = None
+
+    def image(self, record: Record, index: int, rng: np.random.Generator | None) -> Batch:
+        """The field `image` uint8[S, S, 3], or `image_embeds` float16[P, D]; without `rng`, of view 0."""
+        if self.features is not None:
+            number = 0 if rng is None else int(rng.integers(self.features.views))
+            return {"image_embeds": self.features[number, index]}
+        number = 0 if rng is None else int(rng.integers(2**31))
+        return {"image": self.view.render(record, index, number)}
+
+    def example(self, index: int, rng: np.random.Generator | None = None) -> Record:
+        """A record with its picture and the identities that batches carry; a caption is chosen if there are several."""
+        record = self.source[index]
+        captions = record["captions"]
+        caption = captions[0] if rng is None else captions[int(rng.integers(len(captions)))]
+        return {
+            **{name: value for name, value in record.items() if name not in ("image", "captions")},
+            **self.image(record, index, rng),
+            "caption": caption,
+            "image_id": identify(self.name, record["key"]),
+        }
+
+
+def collate_images(examples: Sequence[Record]) -> Batch:
+    """The fields that every batch has."""
+    fields = [name for name in ("image", "image_embeds") if name in examples[0]]
+    batch = {name: np.stack([example[name] for example in examples]) for name in (*fields, "image_id")}
+    return batch | {"example_mask": np.ones(len(examples), bool)}
+
+
+class _Indices:
+    """Positions instead of records: the random choice of a view comes before the record is read."""
+
+    def __init__(self, length: int):
+        self._length = length
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: int) -> int:
+        return int(index)
+
+
+@dataclasses.dataclass(frozen=True)
+class Stream:
+    """One kind of training batch; a run draws each of its batches from one of its streams.
+
+    Attributes:
+      parts: pictures with the share of the examples that comes from them; each is reshuffled every epoch.
+      prepare: from an example and a random generator to what `collate` takes.
+      collate: a list of prepared examples to a batch.
+      schema: shapes and dtypes of that batch.
+      share: of the run's batches.
+    """
+
+    parts: Sequence[tuple[Pictures, float]]
+    prepare: Callable[[Record, np.random.Generator], Any]
+    collate: Callable[[Sequence[Any]], Batch]
+    schema: Schema
+    share: float = 1.0
+
+
+def training_batches(streams: Mapping[str, Stream], batch_size: int, seed: int, threads: int) -> grain.IterDataset:
+    """An endless sequence of (name of the stream, batch).
+
+    Args:
+      streams: by name.
+      batch_size: B.
+      seed: of all random choices.
+      threads: that make batches ahead.
+    """
+
+    def examples(stream: Stream, pictures: Pictures, seed: int) -> grain.MapDataset:
+        def load(index: int, rng: np.random.Generator) -> Any:
+            return stream.prepare(pictures.example(index, rng), rng)
+
+        return grain.MapDataset.source(_Indices(len(pictures.source))).seed(seed).shuffle().repeat().random_map(load)
+
+    def mix(datasets: Sequence[grain.MapDataset], shares: Sequence[float]) -> grain.MapDataset:
+        return datasets[0] if len(datasets) == 1 else grain.MapDataset.mix(datasets, shares)
+
+    batches = []
+    for number, (name, stream) in enumerate(streams.items()):
+        parts = [
+            examples(stream, pictures, _seed(seed, number, part)) for part, (pictures, _) in enumerate(stream.parts)
+        ]
+        mixed = mix(parts, [share for _, share in stream.parts])
+        collate = lambda examples, name=name, stream=stream: (name, stream.collate(examples))
+        batches.append(mixed.batch(batch_size, drop_remainder=True, batch_fn=collate))
+    ahead = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
+    return mix(batches, [stream.share for stream in streams.values()]).to_iter_dataset(ahead)
+
+
+def _seed(*numbers: int) -> int:
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+
+
+def evaluation_batches(
+    pictures: Pictures, collate: Callable[[Sequence[Record]], Batch], batch_size: int
+) -> Iterator[tuple[list[Record], Batch]]:
+    """Every example once, in order, with plain views: lists of examples and full batches.
+
+    The last batch is filled up with copies of its first row, for which `example_mask` is False.
+    """
+    for start in range(0, len(pictures.source), batch_size):
+        examples = [pictures.example(index) for index in range(start, min(start + batch_size, len(pictures.source)))]
+        filler = [examples[0]] * (batch_size - len(examples))
+        batch = collate([*examples, *filler])
+        batch["example_mask"] = np.arange(batch_size) < len(examples)
+        yield examples, batch
+
+
+def check_batch(batch: Mapping[str, np.ndarray], schema: Schema) -> None:
+    """Raise ValueError if a batch is not exactly what the task's schema says."""
+    problems = [f"{name}: missing" for name in schema if name not in batch]
+    problems += [f"{name}: not in the schema" for name in batch if name not in schema]
+    for name in schema.keys() & batch.keys():
+        expected, found = schema[name], batch[name]
+        if expected.shape != found.shape or expected.dtype != found.dtype:
+            problems.append(
+                f"{name}: expected {expected.dtype}{list(expected.shape)}, found {found.dtype}{list(found.shape)}"
+            )
+    if problems:
+        raise ValueError("the data pipeline does not fulfil the task's schema: " + "; ".join(sorted(problems)))

@@ -1,0 +1,112 @@
+"""Captions to token ids, for the Q-Former (WordPiece) and for the language model."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import re
+from collections.abc import Sequence
+
+import numpy as np
+from tokenizers import Tokenizer
+
+_STRIPPED = re.compile(r"[.!\"()*#:;~]")
+_MAX_WORDS = 50
+
+
+def clean_caption(text: str, lower_case: bool = True) -> str:
+    """Captions as the original feeds them: lower case, without . ! " ( ) * # : ; ~, at most 50 words.
+
+    Lower-casing is a choice, for other languages than English it may be the wrong one.
+    """
+    text = _STRIPPED.sub(" ", text.lower() if lower_case else text)
+    return " ".join(text.split()[:_MAX_WORDS])
+
+
+def _load(directory: pathlib.Path) -> Tokenizer:
+    file = directory / "tokenizer.json"
+    if not file.exists():
+        raise FileNotFoundError(f"{file} is missing; expected a Hugging Face tokenizer beside the weights")
+    tokenizer = Tokenizer.from_file(str(file))
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return tokenizer
+
+
+def pad(rows: Sequence[Sequence[int]], length: int, fill: int) -> tuple[np.ndarray, np.ndarray]:
+    """Token lists to int32[B, T] and bool[B, T], filled on the right; longer rows are an error."""
+    ids = np.full((len(rows), length), fill, np.int32)
+    mask = np.zeros((len(rows), length), bool)
+    for index, row in enumerate(rows):
+        ids[index, : len(row)] = row
+        mask[index, : len(row)] = True
+    return ids, mask
+
+
+class CaptionTokenizer:
+    """BERT's WordPiece with [CLS] and [SEP]; [DEC], which starts a caption in ITG, is one past its vocabulary."""
+
+    def __init__(self, directory: pathlib.Path):
+        self._tokenizer = _load(directory)
+        self._separator = self._tokenizer.token_to_id("[SEP]")
+        self._padding = self._tokenizer.token_to_id("[PAD]")
+        if self._separator is None or self._padding is None:
+            raise ValueError(f"{directory}: the tokenizer has no [SEP] or [PAD]; expected BERT's WordPiece")
+        self.decoder_start = self._tokenizer.get_vocab_size()
+
+    def __call__(self, texts: Sequence[str], length: int) -> tuple[np.ndarray, np.ndarray]:
+        """int32[B, length] and bool[B, length]; a longer text loses its end, but not its [SEP]."""
+        rows = [encoding.ids for encoding in self._tokenizer.encode_batch(list(texts))]
+        rows = [row if len(row) <= length else [*row[: length - 1], self._separator] for row in rows]
+        return pad(rows, length, self._padding)
+
+
+class LanguageTokenizer:
+    """The language model's own tokenizer.
+
+    Attributes:
+      end: the token that ends a text.
+      padding: the token that fills rows up; never looked at.
+    """
+
+    def __init__(self, directory: pathlib.Path, end: str = ""):
+        """Read the tokenizer of a model's directory.
+
+        Args:
+          directory: with tokenizer.json and config.json.
+          end: what ends a text: one token, such as "\\n", or "" for the model's own end-of-text token.
+        """
+        self._tokenizer = _load(directory)
+        config = json.loads((directory / "config.json").read_text())
+        ends = self.encode(end) if end else [config["eos_token_id"]]
+        if len(ends) != 1:
+            raise ValueError(f"data.end = {end!r} is {len(ends)} tokens of this language model; it must be one")
+        self.end = ends[0]
+        self.padding = config.get("pad_token_id") or config["eos_token_id"]
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids without special tokens."""
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of some tokens up to the first end, without special tokens."""
+        ids = list(ids)
+        if self.end in ids:
+            ids = ids[: ids.index(self.end)]
+        return self._tokenizer.decode(ids, skip_special_tokens=True)
+
+    def prompts(self, texts: Sequence[str], length: int) -> tuple[np.ndarray, np.ndarray]:
+        """int32[B, length] and bool[B, length]. A prompt that is too long is an error: cutting it would change it."""
+        rows = [self.encode(text) for text in texts]
+        longest = max(range(len(rows)), key=lambda index: len(rows[index]))
+        if len(rows[longest]) > length:
+            raise ValueError(
+                f"the prompt {texts[longest]!r} has {len(rows[longest])} tokens, but there is room for {length}: "
+                "shorten it or raise max_prompt_tokens"
+            )
+        return pad(rows, length, self.padding)
+
+    def targets(self, texts: Sequence[str], length: int) -> tuple[np.ndarray, np.ndarray]:
+        """int32[B, length] and bool[B, length], each text with the end token; a longer text loses its end."""
+        rows = [[*self.encode(text)[: length - 1], self.end] for text in texts]
+        return pad(rows, length, self.padding)

@@ -1,0 +1,129 @@
+"""Measure checkpoints beside what needs no training.
+
+    python -m blip2_jax.evaluate --checkpoint STAGE1 --checkpoint STAGE2 --data nano:test_drawing --output DIR
+
+Writes DIR/summary.json and DIR/report.html and prints a table. Each checkpoint is measured on what its stage can do:
+retrieval after stage 1; captions and questions after stage 2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pathlib
+import sys
+import time
+from collections.abc import Mapping, Sequence
+
+import jax
+import numpy as np
+
+from blip2_jax import params, tasks
+from blip2_jax.data.pipeline import Pictures
+from blip2_jax.data.sources import parse_mixture
+from blip2_jax.evaluation import attention, baselines
+from blip2_jax.monitoring import comparison, report
+from blip2_jax.monitoring.metrics import read_metrics
+from blip2_jax.tasks.common import Task
+
+
+def known(task: Task, pictures: Pictures, describe) -> baselines.Known:
+    """All pictures of a source as the baselines see them; `describe` turns image tokens into one vector a picture."""
+    examples = [pictures.example(index) for index in range(len(pictures.source))]
+    captions = [example["caption"] for example in examples]
+    categories = [example["category"] for example in examples] if "category" in examples[0] else None
+    features = describe(np.stack([example["image_embeds"] for example in examples]))
+    return baselines.Known(features, captions, task.sentence_embeddings(captions), categories)
+
+
+def measure_baselines(task: Task, test: Pictures) -> dict[str, dict]:
+    """Every baseline on `test`, with the training pictures of the task's configuration as what is known."""
+    train = [task.pictures(name, training=False) for name, _ in parse_mixture(task.config.data.train)]
+    result = {}
+    for name, describe in (("pooled", baselines.pooled), ("by_token", baselines.flattened)):
+        parts = [known(task, pictures, describe) for pictures in train]
+        together = baselines.Known(
+            np.concatenate([part.features for part in parts]),
+            [caption for part in parts for caption in part.captions],
+            np.concatenate([part.sentences for part in parts]),
+            [c for part in parts for c in part.categories] if all(part.categories for part in parts) else None,
+        )
+        mine = known(task, test, describe)
+        result[f"nearest_neighbour_{name}"] = baselines.nearest_neighbour(mine, together)
+    result["chance"] = baselines.chance(mine.captions)
+    if mine.categories and together.categories:
+        result["majority"] = baselines.majority(mine.categories, together.categories)
+    return result
+
+
+def measure(
+    checkpoints: Sequence[str], data: Sequence[str], with_baselines: bool = True
+) -> tuple[dict[str, dict], dict[str, list], list[str]]:
+    """Metrics by split, samples by source, and the HTML of each checkpoint's attention."""
+    splits: dict[str, dict] = {}
+    samples: dict[str, list] = {name: [] for name in data}
+    drawings = []
+    for number, path in enumerate(checkpoints):
+        task, trainable = tasks.load_trained(path)
+        for name in data:
+            pictures = task.pictures(name, training=False)
+            split = splits.setdefault(name.partition(":")[2], {})
+            if with_baselines and number == 0:
+                split["baselines"] = measure_baselines(task, pictures)
+            metrics, found = task.evaluate(trainable, pictures)
+            for metric, value in params.flatten(params.unflatten(metrics)).items():
+                *parents, leaf = metric.split("/")
+                node = split
+                for parent in parents:
+                    node = node.setdefault(parent, {})
+                node[leaf] = value
+            samples[name] += found
+        drawings.append(attention.drawing(task, trainable, task.pictures(data[0], training=False)))
+        jax.clear_caches()
+    for split in splits.values():
+        if "caption" in split:
+            split["shuffled_image_loss_increase"] = split["caption"].pop("shuffled_image_loss_increase")
+    return splits, samples, drawings
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--checkpoint", action="append", required=True, help="a workdir, or one of its checkpoints/STEP"
+    )
+    parser.add_argument("--data", action="append", required=True, help="a source, such as nano:test_drawing")
+    parser.add_argument("--output", type=pathlib.Path, required=True, help="folder of summary.json and report.html")
+    parser.add_argument("--title", default="blip2_jax: what was learnt")
+    parser.add_argument("--started", type=float, help="when all began, in seconds since 1970, for the summary")
+    parser.add_argument("--seconds_setup", type=float, help="how long installing and downloading took, for the summary")
+    options = parser.parse_args(arguments)
+    try:
+        splits, samples, drawings = measure(options.checkpoint, options.data)
+        options.output.mkdir(parents=True, exist_ok=True)
+        summary: dict = {"splits": splits}
+        if options.seconds_setup is not None:
+            summary["seconds_setup"] = options.seconds_setup
+        curves = {path: read_metrics(pathlib.Path(path) / "metrics.jsonl") for path in options.checkpoint}
+        body = _body(curves, splits, samples, drawings)
+        if options.started is not None:
+            summary["seconds"] = time.time() - options.started
+        report.write(options.output / "report.html", options.title, body)
+        (options.output / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {error}")
+    print(comparison.text(splits))
+    print(f"wrote {options.output / 'summary.json'} and {options.output / 'report.html'}")
+
+
+def _body(curves: Mapping[str, list], splits: dict, samples: Mapping[str, list], drawings: Sequence[str]) -> str:
+    parts = ["<h2>Measured, beside what needs no training</h2>", comparison.table(splits)]
+    for path, rows in curves.items():
+        if rows:
+            parts += [f"<h2>Training of {pathlib.Path(path).name}</h2>", report.curves(rows)]
+    parts += ["<h2>Pictures it had not seen</h2>", report.examples(samples)]
+    parts += ["<h2>Where the queries look</h2>", *drawings]
+    return "".join(parts)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,38 @@
+"""Train: python -m blip2_jax.main --config=configs/stage1.py --workdir=DIR
+
+A config may name a variant (configs/stage1.py:nano_long), and every setting can be changed on the command line
+(--config.batch_size=64). The same command goes on where an interrupted run stopped.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import jax
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from blip2_jax import trainer
+from blip2_jax.checkpoints import downloads
+
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "What to train: a file of configs/, :VARIANT behind it.", lock_config=True
+)
+_WORKDIR = flags.DEFINE_string("workdir", None, "Where checkpoints, metrics and the report of the run go.")
+flags.mark_flags_as_required(["config", "workdir"])
+
+
+def main(_argv: list[str]) -> None:
+    logging.set_verbosity(logging.WARNING)  # Orbax tells of every file it renames.
+    jax.config.update("jax_compilation_cache_dir", str(downloads.cache_directory() / "compiled"))
+    try:
+        trainer.train(_CONFIG.value, _WORKDIR.value)
+    except trainer.Interrupted as stopped:
+        print(f"{stopped}; the same command goes on from there", file=sys.stderr)
+        sys.exit(130)
+    except (ValueError, OSError, FloatingPointError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    app.run(main)

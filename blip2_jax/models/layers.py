@@ -1,0 +1,62 @@
+"""Attention and masks shared by the Q-Former and the language models."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+
+def attention_weights(query: jax.Array, key: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+    """Who attends to whom, float32[B, H, T, S], each row summing to 1; arguments as `dot_product_attention`."""
+    batch, length, heads, size = query.shape
+    groups = key.shape[2]
+    query = query.reshape(batch, length, groups, heads // groups, size)
+    logits = jnp.einsum("btkgd,bskd->bkgts", query, key, preferred_element_type=jnp.float32) * size**-0.5
+    logits = logits.reshape(batch, heads, length, key.shape[1])
+    if mask is not None:
+        logits = jnp.where(mask, logits, jnp.finfo(jnp.float32).min)
+    return jax.nn.softmax(logits, axis=-1)
+
+
+def dot_product_attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    mask: jax.Array | None = None,
+    *,
+    dropout_rate: float = 0.0,
+    dropout_key: jax.Array | None = None,
+) -> jax.Array:
+    """Scaled dot-product attention with an fp32 softmax; groups of query heads may share a key head.
+
+    Args:
+      query: float[B, T, H, d].
+      key: float[B, S, K, d]; K divides H, and query head h reads key head h // (H // K).
+      value: float[B, S, K, d].
+      mask: bool, broadcastable to [B, 1, T, S]; True where attention is allowed. A row that may see nothing attends
+        evenly to everything instead of becoming NaN: its output is meaningless and must be masked by the caller.
+      dropout_rate: share of attention weights dropped; needs `dropout_key` when above 0.
+
+    Returns:
+      float[B, T, H, d], in the dtype of `query`.
+    """
+    batch, length, heads, size = query.shape
+    groups = key.shape[2]
+    weights = attention_weights(query, key, mask).reshape(batch, groups, heads // groups, length, key.shape[1])
+    if dropout_rate > 0.0:
+        kept = jax.random.bernoulli(dropout_key, 1.0 - dropout_rate, weights.shape)
+        weights = jnp.where(kept, weights / (1.0 - dropout_rate), 0.0)
+    output = jnp.einsum("bkgts,bskd->btkgd", weights.astype(value.dtype), value)
+    return output.reshape(batch, length, heads, size)
+
+
+def causal_mask(length: int, past: int = 0) -> jax.Array:
+    """bool[1, 1, length, past + length]: position t sees the past and the positions up to t.
+
+    For length 3 and past 2 (rows: who looks; columns: what is seen)::
+
+        1 1 1 0 0
+        1 1 1 1 0
+        1 1 1 1 1
+    """
+    return (jnp.arange(past + length) <= past + jnp.arange(length)[:, None])[None, None]

@@ -1,0 +1,50 @@
+"""What a run measured: metrics.jsonl, one row a logged step, and TensorBoard events."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import pathlib
+from typing import Any
+
+from tensorboardX import SummaryWriter
+
+
+class MetricsWriter:
+    """Rows of {"step": ..., "loss": ...}; a resumed run continues behind its checkpoint, no step twice."""
+
+    def __init__(self, workdir: pathlib.Path, resumed_at: int):
+        """Open WORKDIR/metrics.jsonl and cut off the rows after step `resumed_at`."""
+        self._file = workdir / "metrics.jsonl"
+        rows = [row for row in read_metrics(self._file) if row["step"] <= resumed_at]
+        partial = self._file.with_name(f"{self._file.name}.partial-{os.getpid()}")
+        partial.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        partial.replace(self._file)
+        self._stream = self._file.open("a")
+        self._events = SummaryWriter(str(workdir / "tensorboard"), purge_step=resumed_at + 1)
+
+    def write(self, step: int, values: dict[str, Any]) -> None:
+        """Append a row; everything about a step must be in one call."""
+        self._stream.write(json.dumps({"step": step} | values) + "\n")
+        self._stream.flush()
+        for name, value in values.items():
+            if isinstance(value, (int, float)) and math.isfinite(value):
+                self._events.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._stream.close()
+        self._events.close()
+
+
+def read_metrics(file: pathlib.Path) -> list[dict[str, Any]]:
+    """The rows of a metrics.jsonl; a last line that a kill cut short is left out."""
+    if not file.exists():
+        return []
+    rows = []
+    for line in file.read_text().splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows

@@ -1,0 +1,84 @@
+"""The stages of training, by name, and where their parameters start."""
+
+from __future__ import annotations
+
+import pathlib
+import sys
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+
+from blip2_jax import params
+from blip2_jax.checkpoints import frozen, store
+from blip2_jax.tasks.common import Task
+from blip2_jax.tasks.stage1 import Stage1
+from blip2_jax.tasks.stage2 import Stage2
+
+_TASKS = {"stage1": Stage1, "stage2": Stage2}
+
+
+def create(config: ml_collections.ConfigDict) -> Task:
+    """The task that config.task names, its frozen parts loaded."""
+    if config.task not in _TASKS:
+        raise ValueError(f"config.task = {config.task!r}: expected one of {', '.join(_TASKS)}")
+    return _TASKS[config.task](config)
+
+
+def starting_point(task: Task) -> Callable[[jax.Array], params.Tree]:
+    """What config.init says the trainable parameters start from, as a function of a random key.
+
+    Raises:
+      FileNotFoundError, ValueError: there is nothing to start from, or it does not fit.
+    """
+    init = task.config.init
+    if init == "scratch" or (not init and task.name == "stage1"):
+        return task.initialize
+    if not init:
+        raise ValueError(
+            "stage 2 starts from a Q-Former that stage 1 has trained: name its workdir with --config.init=DIR "
+            "(or --config.init=scratch to train without stage 1)"
+        )
+    checkpoint = store.find_checkpoint(init)
+    _, parts = store.read_facts(checkpoint)
+    frozen.check({"vision": task.parts["vision"]}, {"vision": parts["vision"]}, str(checkpoint))
+    return lambda key: warm_start(task.initialize(key), store.load_trainable(checkpoint), str(checkpoint))
+
+
+def warm_start(fresh: params.Tree, trained: params.Tree, where: str) -> params.Tree:
+    """Every parameter that a checkpoint has, and fresh ones for the rest; prints which is which.
+
+    Raises:
+      ValueError: a shape differs, or nothing of the Q-Former is there.
+    """
+    new, old = params.flatten(fresh), params.flatten(trained)
+    shared = [path for path in new if path in old]
+    for path in shared:
+        if new[path].shape != old[path].shape:
+            raise ValueError(
+                f"{where}: {path} has shape {old[path].shape}, this model needs {new[path].shape}: "
+                "give both runs the same config.model and config.image_size"
+            )
+    if not any(path.startswith("qformer/") for path in shared):
+        raise ValueError(f"{where} holds no Q-Former to start from")
+    print(
+        f"started from {where}: {len(shared)} parameters taken over; fresh: "
+        f"{', '.join(path for path in new if path not in old) or 'none'}; "
+        f"not needed here: {sum(path not in new for path in old)}",
+        file=sys.stderr,
+    )
+    return params.unflatten({path: jnp.asarray(old.get(path, leaf)) for path, leaf in new.items()})
+
+
+def load_trained(path: str | pathlib.Path) -> tuple[Task, params.Tree]:
+    """The task and the trained parameters of a workdir or a checkpoint of ours.
+
+    Raises:
+      FileNotFoundError, ValueError: no checkpoint there, or its frozen parts are not to be found.
+    """
+    checkpoint = store.find_checkpoint(path)
+    config, parts = store.read_facts(checkpoint)
+    task = create(ml_collections.ConfigDict(config))
+    frozen.check(task.parts, parts, str(checkpoint))
+    return task, jax.tree.map(jnp.asarray, store.load_trainable(checkpoint))

@@ -1,0 +1,188 @@
+"""What both stages share: the frozen encoder, the pictures, and the tables that steer the optimizer."""
+
+from __future__ import annotations
+
+import abc
+import re
+from collections.abc import Sequence
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+
+from blip2_jax import params
+from blip2_jax.checkpoints import frozen
+from blip2_jax.checkpoints.bert import initialize_qformer, qformer_config
+from blip2_jax.checkpoints.downloads import cache_directory
+from blip2_jax.data.features import View, compute
+from blip2_jax.data.pipeline import Batch, Pictures, Schema, Stream
+from blip2_jax.data.sources import open_source, parse_mixture
+from blip2_jax.data.text import CaptionTokenizer, clean_caption
+from blip2_jax.models.blip2 import Blip2Config
+from blip2_jax.models.qformer import QFormer
+
+Metrics = dict[str, jax.Array]
+
+# What no pretrained checkpoint provides, and so may learn at a higher rate.
+FRESH = (
+    r"qformer/(query_tokens|image_projection/.*|.*/cross_attention/.*|lm_head/.*)",
+    r"(ln_vision|vision_proj|text_proj|itm_head|language_projection)/.*",
+    r"temperature",
+)
+
+
+class Task(abc.ABC):
+    """One stage of training: what is frozen, what is trained, its loss, its data and its evaluation."""
+
+    name: str
+    model: nn.Module
+
+    def __init__(self, config: ml_collections.ConfigDict):
+        self.config = config
+        self.dtype = frozen.frozen_dtype()
+        self.parts = {"vision": frozen.find("vision", config.vision), "bert": frozen.find("bert", config.bert)}
+        self.encoder, self._vision = frozen.load_vision(self.parts["vision"], self.dtype)
+        self._encode = jax.jit(self.encoder.encode)
+        model = config.model
+        self.blip2 = Blip2Config(
+            qformer=qformer_config(
+                self.parts["bert"].directory.config(),
+                layers=model.layers,
+                queries=model.queries,
+                cross_attention_every=model.cross_attention_every,
+                dropout=model.dropout,
+                attention_dropout=model.dropout,
+                remat=model.remat,
+                unroll=model.unroll,
+                dtype=self.dtype,
+            ),
+            image_tokens=self.encoder.tokens(config.image_size),
+            image_positions=model.image_positions,
+            embed_width=model.embed_width,
+            text_pooling=model.text_pooling,
+        )
+
+    # What a stage says of itself.
+
+    @abc.abstractmethod
+    def streams(self) -> dict[str, Stream]:
+        """The kinds of training batches."""
+
+    @abc.abstractmethod
+    def fresh(self, key: jax.Array) -> params.Tree:
+        """A newly initialised trainable tree."""
+
+    @abc.abstractmethod
+    def loss(
+        self, trainable: params.Tree, frozen: params.Tree, batch: Batch, key: jax.Array, stream: str
+    ) -> tuple[jax.Array, Metrics]:
+        """The training loss of a batch of this stream, float32[], and what to log."""
+
+    @abc.abstractmethod
+    def read_image(self, model: nn.Module, image_embeds: jax.Array) -> jax.Array:
+        """The pass in which the queries of this stage's `model` read an image."""
+
+    @abc.abstractmethod
+    def evaluate(self, trainable: params.Tree, pictures: Pictures) -> tuple[dict[str, float], list[dict]]:
+        """Metrics on all of `pictures`, by path, and samples for the report."""
+
+    # What follows from it.
+
+    @property
+    def frozen(self) -> params.Tree:
+        """The frozen parameters that the training step needs; empty where image tokens are computed before."""
+        return {} if self.config.data.feature_views else {"vision": self._vision}
+
+    def frozen_identity(self) -> dict[str, dict[str, str]]:
+        """Source, content hash and dtype of every part that this run is built on, for frozen.json."""
+        return {name: part.identity(self.dtype) for name, part in self.parts.items()}
+
+    def encode(self, images: np.ndarray) -> jax.Array:
+        """uint8[B, S, S, 3] -> image_embeds float[B, P, D], by the frozen encoder."""
+        return self._encode(self._vision, images)
+
+    def image_embeds(self, frozen_params: params.Tree, batch: Batch) -> jax.Array:
+        """float[B, P, D] raw from the encoder: from the batch, or by running the frozen encoder."""
+        if "image_embeds" in batch:
+            return batch["image_embeds"].astype(jnp.float32)
+        return jax.lax.stop_gradient(self.encoder.encode(frozen_params["vision"], batch["image"]))
+
+    def image_schema(self) -> Schema:
+        """The fields of a batch that every stage has."""
+        batch, size = self.config.batch_size, self.config.image_size
+        image = {"image": jax.ShapeDtypeStruct((batch, size, size, 3), np.uint8)}
+        tokens = (batch, self.blip2.image_tokens, self.encoder.width)
+        cached = {"image_embeds": jax.ShapeDtypeStruct(tokens, np.float16)}
+        return (cached if self.config.data.feature_views else image) | {
+            "image_id": jax.ShapeDtypeStruct((batch, 2), np.uint32),
+            "example_mask": jax.ShapeDtypeStruct((batch,), np.bool_),
+        }
+
+    def initialize(self, key: jax.Array) -> params.Tree:
+        """The trainable tree at the start of the paper's recipe: BERT's weights where it has them."""
+        tree = dict(jax.jit(self.fresh)(key))
+        tree["qformer"] = initialize_qformer(
+            tree["qformer"], self.parts["bert"].directory, self.blip2.qformer, self.config.model.keep_token_type
+        )
+        return jax.tree.map(jnp.asarray, tree)
+
+    def decay_table(self) -> params.Table[bool]:
+        """Which parameters weight decay pulls: not norms, biases and the temperature."""
+        return [(r".*/(bias|scale)|temperature", False), (r".*", True)]
+
+    def rate_table(self, trainable: params.Tree) -> params.Table[float]:
+        """Multipliers of the learning rate."""
+        paths = params.flatten(trainable)
+        rows = [(row, self.config.optimizer.fresh_multiplier) for row in FRESH]
+        rows = [row for row in rows if any(re.fullmatch(row[0], path) for path in paths)]
+        return [*rows, (r".*", 1.0)]
+
+    def pictures(self, name: str, training: bool) -> Pictures:
+        """Open a source; where image tokens are computed before, compute them now or find them in the cache."""
+        config, data = self.config, self.config.data
+        source = open_source(name)
+        plain = View(config.image_size)
+        if training:
+            view = View(config.image_size, data.min_crop_scale, data.flip, max(data.feature_views, 1), data.view_seed)
+        else:
+            view = plain
+        if training and not data.feature_views:
+            return Pictures(name, source, view)
+        shape = (self.blip2.image_tokens, self.encoder.width)
+        identity = self.parts["vision"].sha256
+        table = compute(source, view, self.encode, shape, identity, cache_directory(), f"image features of {name}")
+        return Pictures(name, source, view, table)
+
+    def training_parts(self, mixture: str) -> list[tuple[Pictures, float]]:
+        """The pictures of a mixture such as "SRC@0.7 + SRC@0.3", with their shares."""
+        parts = [(self.pictures(name, training=True), share) for name, share in parse_mixture(mixture)]
+        for pictures, _ in parts:
+            if not len(pictures.source):
+                raise ValueError(f"{pictures.name} holds no record")
+        return parts
+
+    def sentence_embeddings(self, texts: Sequence[str]) -> np.ndarray:
+        """float32[N, D] of unit length: the mean of what BERT, as it was before training, makes of a text's tokens."""
+        config = self.blip2.qformer
+        qformer, tokenizer = QFormer(config), CaptionTokenizer(self.parts["bert"].directory.path)
+        ids, mask = tokenizer([clean_caption(text) for text in texts], 32)
+        fresh = jax.jit(lambda key: qformer.init(key, ids[:1], mask[:1], method="encode_text"))(jax.random.key(0))[
+            "params"
+        ]
+        weights = initialize_qformer(fresh, self.parts["bert"].directory, config, keep_token_type=True)
+        encode = jax.jit(lambda ids, mask: qformer.apply({"params": weights}, ids, mask, method="encode_text"))
+        size, pooled = 64, []
+        for start in range(0, len(ids), size):
+            part = slice(start, start + size)
+            fill = ((0, size - len(ids[part])), (0, 0))
+            tokens = np.asarray(encode(np.pad(ids[part], fill), np.pad(mask[part], fill)))[: len(ids[part])]
+            weight = mask[part][..., None]
+            pooled.append((tokens * weight).sum(1) / weight.sum(1))
+        vectors = np.concatenate(pooled).astype(np.float32)
+        return vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)
+
+    def evaluation_pictures(self) -> dict[str, Pictures]:
+        """The sources of config.data.eval, each evaluated by itself."""
+        return {name: self.pictures(name, training=False) for name, _ in parse_mixture(self.config.data.eval)}

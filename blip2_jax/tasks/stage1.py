@@ -1,0 +1,213 @@
+"""Stage 1: the Q-Former learns to read images, by ITC + ITM + ITG (paper section 3.2)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from blip2_jax import params
+from blip2_jax.data.pipeline import Batch, Pictures, Stream, collate_images, evaluation_batches
+from blip2_jax.data.sources import identify
+from blip2_jax.data.text import CaptionTokenizer, clean_caption
+from blip2_jax.evaluation import retrieval
+from blip2_jax.models.blip2 import ImageTextModel
+from blip2_jax.models.qformer import KeyValue, QFormerCache
+from blip2_jax.objectives import contrastive, diversity, language_modeling, matching
+from blip2_jax.tasks.common import Metrics, Task
+
+
+class Stage1(Task):
+    """Image-text contrastive learning, image-text matching, image-grounded text generation."""
+
+    name = "stage1"
+
+    def __init__(self, config):
+        super().__init__(config)
+        if config.data.max_text_tokens > self.blip2.qformer.max_positions:
+            raise ValueError(
+                f"data.max_text_tokens = {config.data.max_text_tokens}, but the BERT {config.bert!r} has "
+                f"{self.blip2.qformer.max_positions} positions"
+            )
+        self.tokenizer = CaptionTokenizer(self.parts["bert"].directory.path)
+        self.model = ImageTextModel(self.blip2)
+        self._image_features = jax.jit(self._encode_images)
+        self._text_features = jax.jit(self._encode_texts)
+        self._match_logits = jax.jit(self._match)
+
+    def streams(self) -> dict[str, Stream]:
+        text = (self.config.batch_size, self.config.data.max_text_tokens)
+        schema = self.image_schema() | {
+            "text_id": jax.ShapeDtypeStruct((self.config.batch_size, 2), np.uint32),
+            "text_ids": jax.ShapeDtypeStruct(text, np.int32),
+            "text_mask": jax.ShapeDtypeStruct(text, np.bool_),
+        }
+        parts = self.training_parts(self.config.data.train)
+        return {"pairs": Stream(parts, self.prepare, self.collate, schema)}
+
+    def prepare(self, example: dict, rng: np.random.Generator | None) -> dict:
+        return example | {"text": clean_caption(example["caption"], self.config.data.lower_case)}
+
+    def collate(self, examples: Sequence[dict]) -> Batch:
+        texts = [example["text"] for example in examples]
+        ids, mask = self.tokenizer(texts, self.config.data.max_text_tokens)
+        text_id = np.stack([identify("text", text) for text in texts])
+        return collate_images(examples) | {"text_ids": ids, "text_mask": mask, "text_id": text_id}
+
+    def fresh(self, key: jax.Array) -> params.Tree:
+        image = jnp.zeros((2, self.blip2.image_tokens, self.encoder.width))
+        ids, mask = jnp.zeros((2, 4), jnp.int32), jnp.ones((2, 4), bool)
+
+        def every_pass(model: ImageTextModel):
+            projected = model.project_image(image)
+            seen = model.image_features(projected)
+            model.text_features(ids, mask)
+            model.match(projected, ids, mask)
+            model.caption_features(seen.cache, ids, mask)
+
+        return self.model.init(key, method=every_pass)["params"]
+
+    def loss(self, trainable, frozen, batch, key, stream) -> tuple[jax.Array, Metrics]:
+        dropout_key, negatives_key = jax.random.split(key)
+        image_embeds = self.image_embeds(frozen, batch)
+        return self.model.apply(
+            {"params": trainable},
+            batch | {"image_embeds": image_embeds},
+            negatives_key,
+            method=self._losses,
+            rngs={"dropout": dropout_key},
+        )
+
+    def _losses(self, model: ImageTextModel, batch: Batch, negatives_key: jax.Array) -> tuple[jax.Array, Metrics]:
+        objective, real = self.config.objective, batch["example_mask"]
+        deterministic = self.blip2.qformer.dropout == 0
+        ids, mask = batch["text_ids"], batch["text_mask"]
+        image = model.project_image(batch["image_embeds"])
+        seen = model.image_features(image, deterministic=deterministic)
+        text_features = model.text_features(ids, mask, deterministic=deterministic)
+        similarity = contrastive.similarities(seen.features, text_features)
+        same = contrastive.same_pairs(batch["image_id"], batch["text_id"], real)
+
+        apart = diversity.query_diversity(seen.query_output, real)
+        total = objective.diversity * apart.penalty
+        metrics = {"temperature": model.temperature, "query_cosine": apart.cosine}
+        if objective.itc:
+            itc = contrastive.contrastive_loss(similarity, model.temperature, same, real, objective.label_smoothing)
+            total, metrics["loss_itc"] = total + objective.itc * itc, itc
+        if objective.itm:
+            negatives = matching.hard_negatives(negatives_key, similarity, model.temperature, same, real)
+            itm = self._matching(model, image, batch, negatives, deterministic)
+            total = total + objective.itm * itm.loss
+            metrics |= {
+                "loss_itm": itm.loss,
+                "itm_accuracy_positive": itm.positive_accuracy,
+                "itm_accuracy_negative": itm.negative_accuracy,
+            }
+        if objective.itg:
+            itg = self._generation(model, seen.cache, batch, deterministic)
+            total, metrics["loss_itg"] = total + objective.itg * itg, itg
+        return total, metrics
+
+    def _matching(self, model, image: KeyValue, batch: Batch, negatives, deterministic) -> matching.MatchingLoss:
+        """Triples of the first rows: the pair, the caption with a wrong image, the image with a wrong caption."""
+        rows = max(1, round(self.config.objective.itm_share * len(batch["text_ids"])))
+        own = jnp.arange(rows)
+        image_rows = jnp.concatenate([own, negatives.image[:rows], own])
+        text_rows = jnp.concatenate([own, own, negatives.text[:rows]])
+        chosen = jax.tree.map(lambda x: x[:, image_rows], image)
+        ids, mask = batch["text_ids"][text_rows], batch["text_mask"][text_rows]
+        logits = model.match(chosen, ids, mask, deterministic=deterministic)
+        labels = jnp.concatenate([jnp.ones(rows, int), jnp.zeros(2 * rows, int)])
+        valid = negatives.valid[:rows]
+        weights = jnp.concatenate([batch["example_mask"][:rows], valid, valid]).astype(jnp.float32)
+        return matching.matching_loss(logits, labels, weights)
+
+    def _generation(self, model, cache: QFormerCache, batch: Batch, deterministic) -> jax.Array:
+        """Mean loss of the first rows' captions behind the cached queries, [DEC] in the place of [CLS]."""
+        rows = max(1, round(self.config.objective.itg_share * len(batch["text_ids"])))
+        groups = jax.tree.map(lambda x: x[:, :rows], cache.groups)
+        cache = QFormerCache(groups, jax.tree.map(lambda x: x[:rows], cache.tail))
+        ids = batch["text_ids"][:rows].at[:, 0].set(self.tokenizer.decoder_start)
+        mask = batch["text_mask"][:rows]
+        features, matrix, bias = model.caption_features(cache, ids, mask, deterministic=deterministic)
+        targets, wanted = language_modeling.next_token_targets(ids, mask)
+        wanted &= batch["example_mask"][:rows, None]
+        loss, tokens = language_modeling.language_modeling_loss(
+            features, matrix, bias, targets, wanted, label_smoothing=self.config.objective.label_smoothing
+        )
+        return loss / jnp.maximum(tokens, 1.0)
+
+    # Evaluation.
+
+    def read_image(self, model: ImageTextModel, image_embeds: jax.Array) -> jax.Array:
+        return model.image_features(model.project_image(image_embeds)).features
+
+    def _encode_images(self, trainable, image_embeds):
+        return self.model.apply({"params": trainable}, image_embeds.astype(jnp.float32), method=self.read_image)
+
+    def _encode_texts(self, trainable, ids, mask):
+        return self.model.apply({"params": trainable}, ids, mask, method="text_features")
+
+    def _match(self, trainable, image_embeds, ids, mask):
+        def method(model, image_embeds, ids, mask):
+            return model.match(model.project_image(image_embeds), ids, mask)[:, 1]
+
+        return self.model.apply({"params": trainable}, image_embeds.astype(jnp.float32), ids, mask, method=method)
+
+    def evaluate(self, trainable, pictures: Pictures) -> tuple[dict[str, float], list[dict]]:
+        """Retrieval recalls by ITC and re-ranked by ITM; samples are each caption's and each picture's first finds."""
+        size = self.config.evaluation.batch_size
+        examples, image_embeds, image_features, tokens = [], [], [], []
+        for batch_examples, batch in evaluation_batches(pictures, self._evaluation_collate, size):
+            features = np.asarray(self._image_features(trainable, batch["image_embeds"]))
+            real = len(batch_examples)
+            examples += batch_examples
+            image_embeds.append(batch["image_embeds"][:real])
+            image_features.append(features[:real])
+            tokens.append((batch["text_ids"][:real], batch["text_mask"][:real]))
+        embeds, features = np.concatenate(image_embeds), np.concatenate(image_features)
+        captions = [clean_caption(example["caption"], self.config.data.lower_case) for example in examples]
+        gallery = retrieval.gallery(captions)
+        ids, mask = (np.concatenate(parts)[gallery.first] for parts in zip(*tokens, strict=True))
+        text_features = self._texts_in_batches(trainable, ids, mask, size)
+        scores = np.einsum("iqe,te->itq", features, text_features).max(-1)
+        recalls = {"itc": retrieval.both_directions(scores, gallery.relevant)}
+        top = self.config.evaluation.rerank
+        image_scores, text_scores = scores, scores.T
+        if top and self.config.objective.itm:
+            match = lambda i, t: np.asarray(self._match_logits(trainable, embeds[i], ids[t], mask[t]))
+            image_scores = retrieval.rerank(scores, match, top, size, "ITM, captions of an image")
+            text_scores = retrieval.rerank(scores.T, lambda t, i: match(i, t), top, size, "ITM, images of a caption")
+            recalls["itm"] = retrieval.both_directions(image_scores, gallery.relevant, text_scores)
+        metrics = {f"retrieval/{path}": value for path, value in params.flatten(recalls).items()}
+        keys = [example["key"] for example in examples]
+        return metrics, _retrieval_samples(keys, captions, gallery, scores, image_scores, text_scores)
+
+    def _evaluation_collate(self, examples: Sequence[dict]) -> Batch:
+        return self.collate([self.prepare(example, None) for example in examples])
+
+    def _texts_in_batches(self, trainable, ids, mask, size) -> np.ndarray:
+        features = []
+        for start in range(0, len(ids), size):
+            part = slice(start, start + size)
+            fill = ((0, size - len(ids[part])), (0, 0))
+            batch = self._text_features(trainable, np.pad(ids[part], fill), np.pad(mask[part], fill))
+            features.append(np.asarray(batch)[: len(ids[part])])
+        return np.concatenate(features)
+
+
+def _retrieval_samples(keys, captions, gallery, itc, itm_images, itm_texts, shown: int = 5) -> list[dict]:
+    """For each caption the pictures found first, for each picture the captions, as the report shows them."""
+    samples = []
+    for text, order in enumerate(retrieval.ranking(itm_texts)[:, :shown]):
+        found = [keys[image] for image in order]
+        right = [bool(gallery.relevant[image, text]) for image in order]
+        samples.append({"kind": "text_to_image", "text": gallery.texts[text], "found": found, "right": right})
+    for image, order in enumerate(retrieval.ranking(itm_images)[:, :shown]):
+        found = [gallery.texts[text] for text in order]
+        right = [bool(gallery.relevant[image, text]) for text in order]
+        sample = {"kind": "image_to_text", "key": keys[image], "text": captions[image]}
+        samples.append(sample | {"found": found, "right": right, "similarity": float(itc[image].max())})
+    return samples

@@ -1,0 +1,220 @@
+"""Stage 2: the Q-Former's output becomes a soft prompt of a frozen language model (paper section 3.3)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from blip2_jax import decoding, params
+from blip2_jax.checkpoints import frozen
+from blip2_jax.data.pipeline import Batch, Pictures, Schema, Stream, collate_images, evaluation_batches
+from blip2_jax.data.text import LanguageTokenizer, clean_caption
+from blip2_jax.evaluation import captioning
+from blip2_jax.models.blip2 import SoftPromptModel
+from blip2_jax.models.language import Row, join
+from blip2_jax.models.layers import causal_mask
+from blip2_jax.monitoring.progress import progress
+from blip2_jax.objectives.language_modeling import language_modeling_loss
+from blip2_jax.tasks.common import Metrics, Task
+
+
+class Stage2(Task):
+    """Causal language modelling of captions, and of answers to questions, behind the soft prompt."""
+
+    name = "stage2"
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.parts["llm"] = frozen.find("llm", config.llm)
+        self.language_model, self._language = frozen.load_language_model(self.parts["llm"], self.dtype)
+        self.tokenizer = LanguageTokenizer(self.parts["llm"].directory.path, config.data.end)
+        self.model = SoftPromptModel(self.blip2, self.language_model.config.width)
+        self._soft_prompt = jax.jit(self.soft_prompt)
+        self._loss_sum = jax.jit(self._language_loss)
+        self._generate = jax.jit(self._greedy, static_argnames="max_new_tokens")
+
+    @property
+    def frozen(self) -> params.Tree:
+        return super().frozen | {"language": self._language}
+
+    # Data: captions behind a fixed prompt, and answers behind a question.
+
+    def streams(self) -> dict[str, Stream]:
+        data = self.config.data
+        parts = self.training_parts(data.train)
+        captions = Stream(parts, self.prepare_caption, self.collate_captions, self._schema(*self._caption_lengths()))
+        if not data.questions:
+            return {"captions": captions}
+        questions = Stream(
+            self.training_parts(data.questions),
+            self.prepare_question,
+            self.collate_questions,
+            self._schema(*self._question_lengths()),
+            data.question_share,
+        )
+        return {"captions": dataclasses.replace(captions, share=1 - data.question_share), "questions": questions}
+
+    def _caption_lengths(self) -> tuple[int, int]:
+        return len(self.tokenizer.encode(self.config.data.prompt)), self.config.data.max_text_tokens
+
+    def _question_lengths(self) -> tuple[int, int]:
+        return len(self.tokenizer.encode(self.config.data.question)), self.config.data.max_answer_tokens
+
+    def _schema(self, prompt_length: int, target_length: int) -> Schema:
+        fields = {}
+        for name, length in (("prompt", prompt_length), ("target", target_length)):
+            shape = (self.config.batch_size, length)
+            fields[f"{name}_ids"] = jax.ShapeDtypeStruct(shape, np.int32)
+            fields[f"{name}_mask"] = jax.ShapeDtypeStruct(shape, np.bool_)
+        return self.image_schema() | fields
+
+    def prepare_caption(self, example: dict, rng: np.random.Generator | None = None) -> dict:
+        text = clean_caption(example["caption"], self.config.data.lower_case)
+        return example | {"prompt": self.config.data.prompt, "target": text}
+
+    def prepare_question(self, example: dict, rng: np.random.Generator | None = None) -> dict:
+        if "category" not in example:
+            raise ValueError(
+                f"data.questions = {self.config.data.questions!r}: {example['key']} has no category to ask for; "
+                "set data.questions='' to train on captions alone"
+            )
+        return example | {"prompt": self.config.data.question, "target": example["category"]}
+
+    def collate_captions(self, examples: Sequence[dict]) -> Batch:
+        return self._collate(examples, *self._caption_lengths())
+
+    def collate_questions(self, examples: Sequence[dict]) -> Batch:
+        return self._collate(examples, *self._question_lengths())
+
+    def _collate(self, examples: Sequence[dict], prompt_length: int, target_length: int) -> Batch:
+        prompt_ids, prompt_mask = self.tokenizer.prompts([example["prompt"] for example in examples], prompt_length)
+        # With its space a word in the middle of a text is one token, which is how the model knows it.
+        targets = [" " + example["target"] for example in examples]
+        target_ids, target_mask = self.tokenizer.targets(targets, target_length)
+        texts = {"prompt_ids": prompt_ids, "prompt_mask": prompt_mask}
+        return collate_images(examples) | texts | {"target_ids": target_ids, "target_mask": target_mask}
+
+    # Model and loss.
+
+    def fresh(self, key: jax.Array) -> params.Tree:
+        image = jnp.zeros((2, self.blip2.image_tokens, self.encoder.width))
+        return self.model.init(key, image)["params"]
+
+    def read_image(self, model: SoftPromptModel, image_embeds: jax.Array) -> jax.Array:
+        return model(image_embeds)
+
+    def soft_prompt(self, trainable: params.Tree, image_embeds: jax.Array, dropout_key: jax.Array | None = None):
+        """float[B, P, D_image] -> float[B, Q, D_language]; with dropout if a key is given."""
+        rngs = None if dropout_key is None else {"dropout": dropout_key}
+        embeds = image_embeds.astype(jnp.float32)
+        return self.model.apply({"params": trainable}, embeds, deterministic=dropout_key is None, rngs=rngs)
+
+    def _language_loss(self, language: params.Tree, soft_prompt: jax.Array, row: Row) -> tuple[jax.Array, jax.Array]:
+        """Sum of the losses of the target tokens behind the soft prompt, and their number."""
+        queries = soft_prompt.shape[1]
+        model = self.language_model.bind({"params": language})
+        embeds = jnp.concatenate([soft_prompt, model.embed(row.ids)], axis=1)
+        batch, length = embeds.shape[:2]
+        # Padding stands at the end, where causality already hides it.
+        positions = jnp.broadcast_to(jnp.arange(length), (batch, length))
+        hidden, _ = model(embeds, positions, causal_mask(length))
+        # The last query predicts the first token.
+        features = hidden[:, queries - 1 : -1]
+        return language_modeling_loss(features, model.head(), None, row.ids, row.is_target, frozen_head=True)
+
+    def loss(self, trainable, frozen, batch, key, stream) -> tuple[jax.Array, Metrics]:
+        dropout_key = key if self.blip2.qformer.dropout else None
+        soft_prompt = self.soft_prompt(trainable, self.image_embeds(frozen, batch), dropout_key)
+        row = self._row(batch)
+        row = row._replace(is_target=row.is_target & batch["example_mask"][:, None])
+        loss, tokens = self._language_loss(frozen["language"], soft_prompt, row)
+        loss = loss / jnp.maximum(tokens, 1.0)
+        return loss, {f"loss_{stream}": loss}
+
+    @staticmethod
+    def _row(batch: Batch) -> Row:
+        length = batch["prompt_ids"].shape[1] + batch["target_ids"].shape[1]
+        return join(batch["prompt_ids"], batch["prompt_mask"], batch["target_ids"], batch["target_mask"], length)
+
+    # Generation and evaluation.
+
+    def _greedy(self, language, soft_prompt, prompt_ids, prompt_mask, max_new_tokens: int):
+        embeds = self.language_model.apply({"params": language}, prompt_ids, method="embed")
+        prefix = jnp.concatenate([soft_prompt.astype(embeds.dtype), embeds], axis=1)
+        present = jnp.concatenate([jnp.ones(soft_prompt.shape[:2], bool), prompt_mask], axis=1)
+        return decoding.greedy(
+            self.language_model,
+            language,
+            prefix,
+            present,
+            max_new_tokens=max_new_tokens,
+            end_token=self.tokenizer.end,
+        )
+
+    def generate(self, soft_prompt: np.ndarray, prompts: Sequence[str], max_new_tokens: int) -> list[str]:
+        """Greedy texts for soft prompts float[B, Q, D] and as many prompts."""
+        length = max(len(self.tokenizer.encode(prompt)) for prompt in prompts)
+        ids, mask = self.tokenizer.prompts(prompts, length)
+        tokens = self._generate(self._language, soft_prompt, ids, mask, max_new_tokens=max_new_tokens)
+        return [self.tokenizer.decode(row).strip() for row in np.asarray(tokens)]
+
+    def evaluate(self, trainable, pictures: Pictures) -> tuple[dict[str, float], list[dict]]:
+        """Captions and answers by greedy decoding, and how much the loss rises with the wrong picture."""
+        size, data = self.config.evaluation.batch_size, self.config.data
+        examples, soft_prompts, rows = [], [], []
+        for batch_examples, batch in evaluation_batches(pictures, self._evaluation_collate, size):
+            soft_prompts.append(np.asarray(self._soft_prompt(trainable, batch["image_embeds"])))
+            rows.append((self._row(batch), batch["example_mask"]))
+            examples += batch_examples
+        captions = [clean_caption(example["caption"], data.lower_case) for example in examples]
+        write = lambda prompt, tokens: self._write_all(soft_prompts, len(examples), prompt, tokens)
+        generated = write(data.prompt, self.config.evaluation.max_new_tokens)
+        true, shuffled = self._true_and_shuffled_loss(np.concatenate(soft_prompts), rows, captions)
+        metrics = {
+            f"caption/{name}": value for name, value in captioning.score(generated, [[c] for c in captions]).items()
+        }
+        metrics |= {"caption/loss": true, "caption/shuffled_image_loss_increase": shuffled - true}
+        samples = [
+            {"kind": "caption", "key": example["key"], "text": caption, "generated": text}
+            for example, caption, text in zip(examples, captions, generated, strict=True)
+        ]
+        if data.questions and all("category" in example for example in examples):
+            answers = write(data.question, data.max_answer_tokens)
+            right = [answer == example["category"] for answer, example in zip(answers, examples, strict=True)]
+            metrics["question/accuracy"] = float(np.mean(right))
+            for sample, example, answer in zip(samples, examples, answers, strict=True):
+                sample |= {"question": data.question, "answer": answer, "category": example["category"]}
+        return metrics, samples
+
+    def _evaluation_collate(self, examples: Sequence[dict]) -> Batch:
+        return self.collate_captions([self.prepare_caption(example) for example in examples])
+
+    def _write_all(self, soft_prompts: list[np.ndarray], count: int, prompt: str, tokens: int) -> list[str]:
+        texts = []
+        for part in progress(soft_prompts, desc=f"writing behind {prompt!r}", unit="batch", leave=False):
+            texts += self.generate(part, [prompt] * len(part), tokens)
+        return texts[:count]
+
+    def _true_and_shuffled_loss(self, soft_prompts, rows, captions) -> tuple[float, float]:
+        """Nats a target token with each caption's own picture, and with another's: half the set further on."""
+        count = len(captions)
+        other = np.roll(np.arange(count), count // 2)
+        if count < 2 or all(captions[i] == captions[j] for i, j in enumerate(other)):
+            raise ValueError("the loss with shuffled images needs at least two different captions")
+        size = len(rows[0][1])
+
+        def mean_loss(order: np.ndarray) -> float:
+            order = np.pad(order, (0, len(rows) * size - count))
+            total = tokens = 0.0
+            for number, (row, real) in enumerate(rows):
+                prompts = soft_prompts[order[number * size : (number + 1) * size]]
+                row = row._replace(is_target=row.is_target & real[:, None])
+                loss, count_ = self._loss_sum(self._language, prompts, row)
+                total, tokens = total + float(loss), tokens + float(count_)
+            return total / tokens
+
+        return mean_loss(np.arange(count)), mean_loss(other)

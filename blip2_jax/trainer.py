@@ -1,0 +1,213 @@
+"""The one training loop, for every recipe."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import pathlib
+import signal
+import sys
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import optax
+
+from blip2_jax import optimizer, params, tasks
+from blip2_jax.checkpoints import frozen
+from blip2_jax.checkpoints.store import Store, TrainState
+from blip2_jax.data.pipeline import check_batch, training_batches
+from blip2_jax.monitoring import report
+from blip2_jax.monitoring.clock import Clock
+from blip2_jax.monitoring.metrics import MetricsWriter
+from blip2_jax.monitoring.progress import progress
+from blip2_jax.parallel import mesh as meshes
+from blip2_jax.tasks.common import Task
+
+
+class Interrupted(Exception):
+    """A signal asked the run to stop; its state is saved."""
+
+
+def refuse_other_configuration(workdir: pathlib.Path, resolved: dict) -> None:
+    """Raise ValueError if the workdir belongs to a run of another configuration."""
+    file = workdir / "config.json"
+    if not file.exists():
+        return
+    known, new = params.flatten(json.loads(file.read_text())), params.flatten(resolved)
+    changed = [name for name in sorted(known.keys() | new.keys()) if known.get(name) != new.get(name)]
+    if changed:
+        lines = [f"  {name}: {known.get(name)!r} there, {new.get(name)!r} asked for" for name in changed]
+        raise ValueError(
+            f"{workdir} belongs to a run of another configuration:\n"
+            + "\n".join(lines)
+            + "\nChoose another --workdir, or give the run the settings it was started with."
+        )
+
+
+def write_json(file: pathlib.Path, content: dict) -> None:
+    """Write a file whole or not at all."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_name(f"{file.name}.partial-{os.getpid()}")
+    partial.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
+    partial.replace(file)
+
+
+def make_step(task: Task, transformation: optax.GradientTransformation):
+    """The compiled training step: (state, frozen, batch, stream) -> (state, metrics)."""
+
+    @functools.partial(jax.jit, static_argnames="stream", donate_argnums=0)
+    def step(state: TrainState, frozen_params: params.Tree, batch: dict, stream: str):
+        key = jax.random.fold_in(state.rng, state.step)
+        objective = functools.partial(task.loss, frozen=frozen_params, batch=batch, key=key, stream=stream)
+        (loss, metrics), gradients = jax.value_and_grad(objective, has_aux=True)(state.trainable)
+        updates, optimizer_state = transformation.update(gradients, state.optimizer, state.trainable)
+        trainable = optax.apply_updates(state.trainable, updates)
+        metrics = {"loss": loss, **metrics, "gradient_norm": optax.tree.norm(gradients)}
+        return TrainState(state.step + 1, state.rng, trainable, optimizer_state), metrics
+
+    return step
+
+
+class Run:
+    """A training run in a workdir: everything is opened, checked and restored before the first step."""
+
+    def __init__(self, config: ml_collections.ConfigDict, workdir: pathlib.Path):
+        self.config, self.workdir = config, workdir
+        self.resolved = json.loads(config.to_json())
+        refuse_other_configuration(workdir, self.resolved)
+        self.mesh = meshes.make_mesh(config.mesh)
+        meshes.check_batch_size(config.batch_size, self.mesh)
+        if not config.total_steps > 0:
+            raise ValueError(f"total_steps must be above 0, found {config.total_steps}")
+        self.task = tasks.create(config)
+        starting_point = tasks.starting_point(self.task)
+        streams = self.task.streams()
+        self.schemas = {name: stream.schema for name, stream in streams.items()}
+        self.data = iter(training_batches(streams, config.batch_size, config.seed, config.data.threads))
+        self.evaluated = self.task.evaluation_pictures() if config.data.eval else {}
+
+        everywhere = meshes.replicated(self.mesh)
+        self.frozen = jax.device_put(self.task.frozen, everywhere)
+        root = jax.random.key(config.seed)
+        trainable = starting_point(jax.random.fold_in(root, 0))
+        decays = params.resolve(self.task.decay_table(), trainable, "weight decay")
+        rates = params.resolve(self.task.rate_table(trainable), trainable, "learning rate")
+        self.schedule = optimizer.schedule(config.optimizer, config.total_steps)
+        self.transformation = optimizer.create(config.optimizer, config.total_steps, decays, rates)
+        state = TrainState(
+            jnp.int32(0), jax.random.fold_in(root, 1), trainable, jax.jit(self.transformation.init)(trainable)
+        )
+        self.state = jax.device_put(state, everywhere)
+        self.step = make_step(self.task, self.transformation)
+        print(params.describe(trainable, {"decays": decays, "rate": rates}), file=sys.stderr)
+        print(
+            f"frozen: {params.count(self.frozen):,} parameters, {params.size(self.frozen) / 2**20:,.1f} MiB",
+            file=sys.stderr,
+        )
+
+        write_json(workdir / "config.json", self.resolved)
+        self.store = Store(workdir / "checkpoints", config.keep_checkpoints)
+        if self.store.newest is not None:
+            checkpoint = workdir / "checkpoints" / str(self.store.newest)
+            frozen.check(self.task.parts, json.loads((checkpoint / "frozen.json").read_text()), str(checkpoint))
+            self.state = self.store.restore(self.state, self.data)
+            print(f"resumed from step {self.store.newest} of {workdir}", file=sys.stderr)
+        self.metrics = MetricsWriter(workdir, int(self.state.step))
+        self.clock = Clock()
+        self._asked_to_stop: int | None = None
+
+    def train(self) -> None:
+        """Run to the end.
+
+        Raises:
+          Interrupted: SIGINT or SIGTERM came; the state is saved.
+        """
+        handlers = {number: signal.signal(number, self._ask_to_stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            self._loop()
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+            self.store.close()
+            self.metrics.close()
+
+    def _ask_to_stop(self, number: int, _frame: Any) -> None:
+        if self._asked_to_stop is not None:
+            raise KeyboardInterrupt
+        print("\nstopping after this step; once more to stop at once", file=sys.stderr, flush=True)
+        self._asked_to_stop = number
+
+    def _loop(self) -> None:
+        total, start = self.config.total_steps, int(self.state.step)
+        sharding = meshes.batch_sharding(self.mesh)
+        previous: tuple[int, dict] | None = None
+        with progress(total=total, initial=start, desc=self.task.name, unit="step") as bar:
+            for number in range(start + 1, total + 1):
+                with self.clock.measure("data"):
+                    stream, batch = next(self.data)
+                if number == start + 1:
+                    for name in self.schemas:
+                        if name == stream:
+                            check_batch(batch, self.schemas[name])
+                with self.clock.measure("train"):
+                    batch = jax.device_put(batch, sharding)
+                    self.state, metrics = self.step(self.state, self.frozen, batch, stream=stream)
+                    self.clock.step()
+                # Read the step before this one, so that the device never waits for the host.
+                if previous:
+                    self._log(*previous, bar)
+                previous = (number, metrics)
+                saving = number == total or number % self.config.checkpoint_every == 0
+                evaluating = number == total or (self.config.eval_every and number % self.config.eval_every == 0)
+                if evaluating or saving or self._asked_to_stop is not None:
+                    jax.block_until_ready(self.state)  # So that what follows is not charged with this step's time.
+                    extra = self._evaluate(number) if evaluating else {}
+                    self._log(*previous, bar, extra)
+                    previous = None
+                    if saving or self._asked_to_stop is not None:
+                        self._save()
+                bar.update()
+                if self._asked_to_stop is not None and number < total:
+                    raise Interrupted(f"stopped by {signal.Signals(self._asked_to_stop).name} after step {number}")
+
+    def _log(self, number: int, metrics: dict, bar: Any, extra: dict | None = None) -> None:
+        if not (number in (1, self.config.total_steps) or number % self.config.log_every == 0 or extra):
+            return
+        values = {name: float(value) for name, value in metrics.items()}
+        if not np.isfinite(values["loss"]):
+            raise FloatingPointError(f"the loss is {values['loss']} at step {number}: {values}")
+        values["learning_rate"] = float(self.config.optimizer.learning_rate * self.schedule(number - 1))
+        left = self.config.total_steps - number
+        values |= self.clock.pace(self.config.batch_size, jax.device_count(), left) | (extra or {})
+        self.metrics.write(number, values)
+        shown = [
+            f"{name.removeprefix('loss_')} {value:.3f}" for name, value in values.items() if name.startswith("loss")
+        ]
+        bar.set_postfix_str(", ".join(shown), refresh=False)
+
+    def _evaluate(self, number: int) -> dict[str, float]:
+        """Metrics of every evaluated source by path; what was found goes to samples/STEP.json and report.html."""
+        metrics, samples = {}, {}
+        with self.clock.measure("evaluate"):
+            for name, pictures in self.evaluated.items():
+                values, samples[name] = self.task.evaluate(self.state.trainable, pictures)
+                metrics |= {f"eval/{name}/{path}": value for path, value in values.items()}
+        if samples:
+            write_json(self.workdir / "samples" / f"{number}.json", samples)
+        return metrics
+
+    def _save(self) -> None:
+        with self.clock.measure("checkpoint"):
+            self.store.save(self.state, self.data, self.resolved, self.task.frozen_identity())
+
+
+def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> None:
+    """Train as `config` says in `workdir`, or go on where a run there was interrupted; then write its report."""
+    workdir = pathlib.Path(workdir)
+    run = Run(config, workdir)
+    run.train()
+    report.write_run(workdir)

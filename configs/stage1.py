@@ -1,0 +1,90 @@
+"""Stage 1: ITC + ITM + ITG.
+
+python -m blip2_jax.main --config=configs/stage1.py --workdir=DIR              # nano: minutes on two cores
+python -m blip2_jax.main --config=configs/stage1.py:nano_long --workdir=DIR    # until it converges: hours there
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config(variant: str = "nano") -> ConfigDict:
+    variants = {"nano": nano, "nano_long": nano_long}
+    if variant not in variants:
+        raise ValueError(f"configs/stage1.py has no variant {variant!r}; there are {', '.join(variants)}")
+    return variants[variant]()
+
+
+def nano() -> ConfigDict:
+    """EfficientNet-Lite0 at 160 px, a Q-Former from MiniLM-L6 with 8 queries, 2,614 drawings."""
+    config = ConfigDict()
+    config.task = "stage1"
+    config.seed = 0
+    config.total_steps = 150
+    config.batch_size = 128
+    config.log_every = 5
+    config.checkpoint_every = 50
+    config.keep_checkpoints = 2
+    config.eval_every = 0  # Only at the end.
+    config.mesh = "data=-1,fsdp=1,tensor=1"
+
+    config.vision = "nano:"
+    config.bert = "nano:"
+    config.init = ""
+    config.image_size = 160
+
+    config.data = ConfigDict()
+    config.data.train = "nano:train"
+    config.data.eval = "nano:val_drawing + nano:val_concept"
+    config.data.feature_views = (
+        4  # Random crops whose image tokens are computed once; 0 runs the encoder in every step.
+    )
+    config.data.view_seed = 0
+    config.data.min_crop_scale = 0.5
+    config.data.flip = False  # Captions say left and right.
+    config.data.max_text_tokens = 10
+    config.data.lower_case = True
+    config.data.threads = 2
+
+    config.model = ConfigDict()
+    config.model.layers = 6
+    config.model.queries = 8
+    config.model.cross_attention_every = 2
+    config.model.dropout = 0.0
+    config.model.image_positions = True
+    config.model.embed_width = 256
+    config.model.text_pooling = "mean"  # How this MiniLM was trained; the paper's BERT uses "cls".
+    config.model.keep_token_type = True
+    config.model.remat = False
+    config.model.unroll = 3
+
+    config.objective = ConfigDict()
+    config.objective.itc = 1.0
+    config.objective.itm = 1.0
+    config.objective.itg = 1.0
+    config.objective.itm_share = 0.25  # Of the batch's rows, to save time.
+    config.objective.itg_share = 0.375
+    config.objective.label_smoothing = 0.1
+    config.objective.diversity = 0.5  # Not in the paper; see blip2_jax/objectives/diversity.py.
+
+    config.optimizer = ConfigDict()
+    config.optimizer.learning_rate = 5e-4
+    config.optimizer.fresh_multiplier = 4.0  # For what no checkpoint provides.
+    config.optimizer.warmup = 0.15
+    config.optimizer.final_share = 0.05
+    config.optimizer.beta1 = 0.9
+    config.optimizer.beta2 = 0.98
+    config.optimizer.epsilon = 1e-8
+    config.optimizer.weight_decay = 0.05
+    config.optimizer.clip_norm = 1.0
+
+    config.evaluation = ConfigDict()
+    config.evaluation.batch_size = 64
+    config.evaluation.rerank = 8  # Candidates of each query that ITM judges again; 0: none.
+    return config
+
+
+def nano_long() -> ConfigDict:
+    """The same parts until they converge."""
+    config = nano()
+    config.total_steps = 3000
+    return config

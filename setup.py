@@ -1,0 +1,49 @@
+"""Package metadata of blip2_jax."""
+
+import pathlib
+
+from setuptools import find_packages, setup
+
+ROOT = pathlib.Path(__file__).parent
+
+# The lower bounds are the versions that the tests have passed with.
+REQUIREMENTS = [
+    "absl-py>=2.3",
+    "array_record>=0.8.1; sys_platform != 'win32'",
+    "flax>=0.12.4",
+    "gguf>=0.17.1",
+    "grain>=0.2.15",
+    "jax>=0.10.0",
+    "ml_collections>=1.1.0",
+    "ml_dtypes>=0.5.1",
+    "msgpack>=1.1.0",
+    "numpy>=2.0",
+    "optax>=0.2.6",
+    "orbax-checkpoint>=0.12.2",
+    "Pillow>=11.0",
+    "safetensors>=0.6.0",
+    "tensorboardX>=2.6.4",
+    "tokenizers>=0.22.0",
+    "tqdm>=4.67",
+]
+EXTRAS = {
+    "gpu": ["jax[cuda12]"],
+    "tpu": ["jax[tpu]"],
+    "test": ["chex>=0.1.90", "pytest>=8.4", "ruff>=0.14"],
+    # Comparisons with the originals; the CPU wheel is enough.
+    "torch": ["torch>=2.6", "transformers>=5.0", "accelerate>=1.10"],
+}
+
+setup(
+    name="blip2_jax",
+    version="0.1.0",
+    description="BLIP-2 pre-training in JAX/Flax: a frozen image encoder, a Q-Former, a frozen language model.",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8") if (ROOT / "README.md").exists() else "",
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["blip2_jax", "blip2_jax.*"]),
+    package_data={"blip2_jax": ["assets/**/*"]},
+    install_requires=REQUIREMENTS,
+    extras_require=EXTRAS,
+)

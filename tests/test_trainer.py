@@ -1,0 +1,257 @@
+"""Runs from end to end, on tiny models: resumed runs end with the same numbers, frozen weights stay frozen."""
+
+import json
+import os
+import pathlib
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import chex
+import jax
+import numpy as np
+import pytest
+
+from blip2_jax import params, tasks, trainer
+from blip2_jax.checkpoints import store
+from blip2_jax.data.pipeline import training_batches
+from blip2_jax.monitoring.metrics import read_metrics
+from tests import tiny
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tiny")
+    os.environ["BLIP2_JAX_CACHE"] = str(folder / "cache")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def stage1(folder):
+    """A finished stage-1 workdir."""
+    workdir = folder / "stage1"
+    trainer.train(tiny.recipe("stage1", folder), workdir)
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def stage2(folder, stage1):
+    """A finished stage-2 workdir."""
+    workdir = folder / "stage2"
+    trainer.train(tiny.recipe("stage2", folder, init=str(stage1)), workdir)
+    return workdir
+
+
+def same_rows(left: pathlib.Path, right: pathlib.Path):
+    """All metrics but those under timing/ are bit-identical."""
+    rows = [
+        [{name: value for name, value in row.items() if not name.startswith("timing/")} for row in read_metrics(file)]
+        for file in (left / "metrics.jsonl", right / "metrics.jsonl")
+    ]
+    assert rows[0] == rows[1]
+    steps = [row["step"] for row in rows[0]]
+    assert steps == sorted(set(steps))
+
+
+def same_parameters(left: pathlib.Path, right: pathlib.Path):
+    trees = [store.load_trainable(store.find_checkpoint(workdir)) for workdir in (left, right)]
+    chex.assert_trees_all_equal(*trees)
+
+
+def test_a_run_writes_what_it_promises(stage1):
+    names = {file.name for file in stage1.iterdir()}
+    assert names >= {"config.json", "checkpoints", "metrics.jsonl", "tensorboard", "samples", "report.html"}
+    rows = read_metrics(stage1 / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [1, 2, 4, 6]
+    for name in ("loss", "loss_itc", "loss_itm", "loss_itg", "temperature", "gradient_norm", "learning_rate"):
+        assert all(np.isfinite(row[name]) for row in rows)
+    assert any("retrieval/itc/text_to_image/r1" in name for name in rows[-1])
+    checkpoint = store.find_checkpoint(stage1)
+    assert checkpoint.name == "6"
+    frozen = json.loads((checkpoint / "frozen.json").read_text())
+    assert set(frozen) == {"vision", "bert"}
+    assert all(set(part) == {"source", "sha256", "dtype"} for part in frozen.values())
+    assert len(list((stage1 / "checkpoints").iterdir())) == 2
+
+
+def test_the_report_needs_nothing_else(stage1, stage2):
+    for workdir in (stage1, stage2):
+        page = (workdir / "report.html").read_text()
+        assert "<svg" in page
+        assert "data:image/png;base64" in page
+        assert not re.findall(r'(?:src|href)="(?!data:)', page)
+
+
+@pytest.mark.parametrize("stage", ["stage1", "stage2"])
+def test_interrupted_twice_it_ends_as_if_undisturbed(folder, request, stage):
+    undisturbed = request.getfixturevalue(stage)
+    init = "" if stage == "stage1" else str(folder / "stage1")
+    workdir = folder / f"{stage}_interrupted"
+    for stop in (3, 4):
+        run = trainer.Run(tiny.recipe(stage, folder, init=init), workdir)
+        original = run.step
+
+        def step(state, *args, run=run, original=original, stop=stop, **kwargs):
+            if int(state.step) + 1 == stop:
+                os.kill(os.getpid(), signal.SIGINT)
+            return original(state, *args, **kwargs)
+
+        run.step = step
+        with pytest.raises(trainer.Interrupted, match=f"SIGINT after step {stop}"):
+            run.train()
+    trainer.train(tiny.recipe(stage, folder, init=init), workdir)
+    same_parameters(undisturbed, workdir)
+    # Where it was stopped it logged a step more; the rest is the same.
+    rows = {row["step"]: row for row in read_metrics(workdir / "metrics.jsonl")}
+    for row in read_metrics(undisturbed / "metrics.jsonl"):
+        for name, value in row.items():
+            assert name.startswith("timing/") or rows[row["step"]][name] == value
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_it_ends_as_if_undisturbed(folder, stage1):
+    """The same command again and again, until it is through, with SIGKILL in between."""
+    config = tiny.recipe("stage1", folder)
+    file = folder / "config_of_killed.py"
+    file.write_text(
+        f"import json\nfrom ml_collections import ConfigDict\ndef get_config():\n"
+        f"    return ConfigDict(json.loads({config.to_json()!r}))\n"
+    )
+    workdir = folder / "stage1_killed"
+    command = [sys.executable, "-m", "blip2_jax.main", f"--config={file}", f"--workdir={workdir}"]
+    environment = os.environ | {"JAX_NUM_CPU_DEVICES": str(jax.device_count())}
+    rng, kills = np.random.default_rng(0), 0
+    for seconds in [*(8 + 14 * rng.random(6)), 600]:
+        process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+        deadline = time.monotonic() + seconds
+        while process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.1)
+        if process.poll() is None:
+            process.kill()
+            kills += 1
+        _, errors = process.communicate()
+        if process.returncode == 0:
+            break
+        assert process.returncode == -signal.SIGKILL, errors
+    assert kills > 0
+    assert process.returncode == 0
+    same_parameters(stage1, workdir)
+    same_rows(stage1, workdir)
+
+
+def test_the_same_command_on_a_finished_run_changes_nothing(folder, stage1):
+    before = (stage1 / "metrics.jsonl").read_text()
+    trainer.train(tiny.recipe("stage1", folder), stage1)
+    assert (stage1 / "metrics.jsonl").read_text() == before
+
+
+def test_a_workdir_of_another_configuration_is_refused(folder, stage1):
+    with pytest.raises(ValueError, match=r"another configuration:\n  optimizer.learning_rate: 0.0005 there, 0.1 asked"):
+        trainer.train(tiny.recipe("stage1", folder, **{"optimizer.learning_rate": 0.1}), stage1)
+
+
+def test_stage_two_without_stage_one_names_the_flag(folder, tmp_path):
+    with pytest.raises(ValueError, match="--config.init=DIR"):
+        trainer.train(tiny.recipe("stage2", folder), tmp_path / "w")
+    assert not (tmp_path / "w").exists()
+
+
+def test_stage_two_from_what_is_no_checkpoint(folder, tmp_path):
+    with pytest.raises(FileNotFoundError, match="holds no checkpoint"):
+        trainer.train(tiny.recipe("stage2", folder, init=str(tmp_path)), tmp_path / "w")
+
+
+def test_stage_two_from_another_encoder_is_refused(folder, stage1, tmp_path):
+    with pytest.raises(ValueError, match="was trained with the vision 'nano:'"):
+        trainer.train(tiny.recipe("stage2", folder, init=str(stage1), vision="random:0"), tmp_path / "w")
+
+
+def test_stage_two_of_another_width_is_refused(folder, stage1, tmp_path):
+    with pytest.raises(ValueError, match=r"qformer/query_tokens has shape .* this model needs"):
+        trainer.train(tiny.recipe("stage2", folder, init=str(stage1), **{"model.queries": 5}), tmp_path / "w")
+
+
+def test_stage_two_takes_the_qformer_over(folder, stage1):
+    task = tasks.create(tiny.recipe("stage2", folder, init=str(stage1)))
+    trained = params.flatten(store.load_trainable(store.find_checkpoint(stage1)))
+    start = params.flatten(tasks.starting_point(task)(jax.random.key(0)))
+    assert [path for path in start if path not in trained] == ["language_projection/bias", "language_projection/kernel"]
+    for path in start.keys() & trained.keys():
+        chex.assert_trees_all_equal(start[path], trained[path])
+
+
+@pytest.fixture(scope="module")
+def stage2_run(folder, stage1, tmp_path_factory):
+    """Stage 2 with the encoder inside the step, so that everything frozen takes part."""
+    config = tiny.recipe("stage2", folder, init=str(stage1), **{"data.feature_views": 0})
+    return trainer.Run(config, tmp_path_factory.mktemp("live") / "w")
+
+
+def test_frozen_weights_are_bit_identical_after_training(stage2_run):
+    assert set(stage2_run.frozen) == {"vision", "language"}
+    before = jax.tree.map(np.array, stage2_run.frozen)
+    start = jax.tree.map(np.array, stage2_run.state.trainable)
+    stage2_run.train()
+    chex.assert_trees_all_equal(jax.tree.map(np.asarray, stage2_run.frozen), before)
+    changed = jax.tree.map(lambda a, b: bool((np.asarray(a) != b).any()), stage2_run.state.trainable, start)
+    # A softmax does not feel a shift of all its logits, so nothing moves the key biases but noise.
+    still = [path for path, moved in params.flatten(changed).items() if not moved and "key/bias" not in path]
+    assert not still
+
+
+def test_the_optimizer_holds_the_trainable_alone(stage2_run):
+    trainable = params.count(stage2_run.state.trainable)
+    moments = params.count(stage2_run.state.optimizer)
+    assert 2 * trainable <= moments <= 2 * trainable + 8
+
+
+def matrix_products(text: str) -> set[str]:
+    """Shapes of the results of all matrix products of a compiled program."""
+    return set(re.findall(r"= f32\[([\d,]+)\][^ ]* dot\(", text))
+
+
+def test_the_step_forms_no_gradient_of_a_frozen_weight(stage2_run, folder):
+    stream, batch = next(iter(training_batches(stage2_run.task.streams(), 8, 0, 0)))
+    frozen_shapes = {"20,44", "44,20", "1,20,44", "1,44,20", "2,20,44"}
+    text = stage2_run.step.lower(stage2_run.state, stage2_run.frozen, batch, stream=stream).compile().as_text()
+    assert matrix_products(text)
+    assert not matrix_products(text) & frozen_shapes
+
+    def loss_of_everything(everything):
+        task = stage2_run.task
+        return task.loss(everything[0], everything[1], batch, jax.random.key(0), stream)[0]
+
+    # The control: where gradients of the language model are asked for, they are seen.
+    both = jax.jit(jax.grad(loss_of_everything)).lower((stage2_run.state.trainable, stage2_run.frozen))
+    assert matrix_products(both.compile().as_text()) & frozen_shapes
+
+
+def test_losses_on_eight_devices_are_those_on_one(folder, tmp_path):
+    one = trainer.Run(tiny.recipe("stage1", folder), tmp_path / "all")
+    stream, batch = next(one.data)
+    assert one.mesh.size == 8
+    state, frozen = jax.device_get((one.state, one.frozen))
+    _, metrics = one.step(
+        one.state, one.frozen, jax.device_put(batch, trainer.meshes.batch_sharding(one.mesh)), stream=stream
+    )
+    alone = jax.device_put((state, frozen, batch), jax.devices()[0])
+    _, expected = trainer.make_step(one.task, one.transformation)(*alone, stream=stream)
+    chex.assert_trees_all_close(jax.device_get(metrics), jax.device_get(expected), rtol=2e-4, atol=1e-5)
+
+
+def test_nonsense_settings_are_errors_before_training(folder, tmp_path):
+    for changes, message in (
+        ({"mesh": "data=3"}, "does not fit 8 devices"),
+        ({"batch_size": 9}, "batch_size 9 does not divide"),
+        ({"total_steps": 0}, "total_steps must be above 0"),
+        ({"data.train": "nano:nothing"}, "no such split"),
+        ({"vision": "nano"}, "expected nano: or hf:DIR"),
+        ({"bert": "hf:/does/not/exist"}, "not a directory"),
+        ({"optimizer.warmup": 100}, "warmup is 100 steps, but the run has 6"),
+        ({"task": "stage3"}, "expected one of stage1, stage2"),
+        ({"data.max_text_tokens": 17}, "16 positions"),
+    ):
+        with pytest.raises((ValueError, OSError), match=message):
+            trainer.train(tiny.recipe("stage1", folder, **changes), tmp_path / "w")

@@ -19,10 +19,10 @@ def nano() -> ConfigDict:
     config = ConfigDict()
     config.task = "stage1"
     config.seed = 0
-    config.total_steps = 150
+    config.total_steps = 120
     config.batch_size = 128
     config.log_every = 5
-    config.checkpoint_every = 50
+    config.checkpoint_every = 40
     config.keep_checkpoints = 2
     config.eval_every = 0  # Only at the end.
     config.mesh = "data=-1,fsdp=1,tensor=1"
@@ -35,9 +35,8 @@ def nano() -> ConfigDict:
     config.data = ConfigDict()
     config.data.train = "nano:train"
     config.data.eval = "nano:val_drawing + nano:val_concept"
-    config.data.feature_views = (
-        4  # Random crops whose image tokens are computed once; 0 runs the encoder in every step.
-    )
+    # Random crops whose image tokens are computed once; 0 runs the encoder in every step.
+    config.data.feature_views = 4
     config.data.view_seed = 0
     config.data.min_crop_scale = 0.5
     config.data.flip = False  # Captions say left and right.
@@ -64,6 +63,8 @@ def nano() -> ConfigDict:
     config.objective.itm_share = 0.25  # Of the batch's rows, to save time.
     config.objective.itg_share = 0.375
     config.objective.label_smoothing = 0.1
+    # A language head that BERT does not bring starts from the token frequencies of so many captions; 0: from zeros.
+    config.objective.itg_prior = 4096
     config.objective.diversity = 0.5  # Not in the paper; see blip2_jax/objectives/diversity.py.
 
     config.optimizer = ConfigDict()

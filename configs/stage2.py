@@ -18,7 +18,7 @@ def nano() -> ConfigDict:
     config = ConfigDict()
     config.task = "stage2"
     config.seed = 0
-    config.total_steps = 240
+    config.total_steps = 180
     config.batch_size = 32
     config.log_every = 5
     config.checkpoint_every = 60

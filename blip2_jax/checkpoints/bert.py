@@ -104,6 +104,11 @@ def qformer_layers(path: str, config: QFormerConfig) -> list[int] | int | None:
     return None
 
 
+def has_language_head(directory: Directory) -> bool:
+    """Whether a BERT was saved with its masked-language head."""
+    return "cls.predictions.transform.dense.weight" in directory.names()
+
+
 def initialize_qformer(
     fresh: params.Tree, directory: Directory, config: QFormerConfig, keep_token_type: bool = False
 ) -> dict:
@@ -120,8 +125,7 @@ def initialize_qformer(
       A tree like `fresh`.
     """
     tensors = _Unprefixed(directory)
-    known = set(tensors.names())
-    has_head = "cls.predictions.transform.dense.weight" in known
+    has_head = has_language_head(directory)
     flat = params.flatten(fresh)
     taken, result = {}, {}
     for path, leaf in flat.items():

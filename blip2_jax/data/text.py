@@ -61,6 +61,12 @@ class CaptionTokenizer:
         return pad(rows, length, self._padding)
 
 
+def log_frequencies(ids: np.ndarray, mask: np.ndarray, vocab_size: int) -> np.ndarray:
+    """float32[V]: log of how often each token occurs among `ids` int[N, T], one added to each count."""
+    counts = np.bincount(ids[mask], minlength=vocab_size) + 1.0
+    return np.log(counts / counts.sum()).astype(np.float32)
+
+
 class LanguageTokenizer:
     """The language model's own tokenizer.
 

@@ -18,7 +18,7 @@ from blip2_jax.checkpoints.bert import initialize_qformer, qformer_config
 from blip2_jax.checkpoints.downloads import cache_directory
 from blip2_jax.data.features import View, compute
 from blip2_jax.data.pipeline import Batch, Pictures, Schema, Stream
-from blip2_jax.data.sources import open_source, parse_mixture
+from blip2_jax.data.sources import Source, open_source, parse_mixture
 from blip2_jax.data.text import CaptionTokenizer, clean_caption
 from blip2_jax.models.blip2 import Blip2Config
 from blip2_jax.models.qformer import QFormer
@@ -45,6 +45,7 @@ class Task(abc.ABC):
         self.parts = {"vision": frozen.find("vision", config.vision), "bert": frozen.find("bert", config.bert)}
         self.encoder, self._vision = frozen.load_vision(self.parts["vision"], self.dtype)
         self._encode = jax.jit(self.encoder.encode)
+        self._sources: dict[str, Source] = {}
         model = config.model
         self.blip2 = Blip2Config(
             qformer=qformer_config(
@@ -139,10 +140,16 @@ class Task(abc.ABC):
         rows = [row for row in rows if any(re.fullmatch(row[0], path) for path in paths)]
         return [*rows, (r".*", 1.0)]
 
+    def source(self, name: str) -> Source:
+        """Open a source, once."""
+        if name not in self._sources:
+            self._sources[name] = open_source(name)
+        return self._sources[name]
+
     def pictures(self, name: str, training: bool) -> Pictures:
         """Open a source; where image tokens are computed before, compute them now or find them in the cache."""
         config, data = self.config, self.config.data
-        source = open_source(name)
+        source = self.source(name)
         plain = View(config.image_size)
         if training:
             view = View(config.image_size, data.min_crop_scale, data.flip, max(data.feature_views, 1), data.view_seed)

@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from blip2_jax import params
+from blip2_jax.checkpoints.bert import has_language_head
 from blip2_jax.data.pipeline import Batch, Pictures, Stream, collate_images, evaluation_batches
-from blip2_jax.data.sources import identify
-from blip2_jax.data.text import CaptionTokenizer, clean_caption
+from blip2_jax.data.sources import identify, parse_mixture
+from blip2_jax.data.text import CaptionTokenizer, clean_caption, log_frequencies
 from blip2_jax.evaluation import retrieval
 from blip2_jax.models.blip2 import ImageTextModel
 from blip2_jax.models.qformer import KeyValue, QFormerCache
@@ -68,6 +69,24 @@ class Stage1(Task):
             model.caption_features(seen.cache, ids, mask)
 
         return self.model.init(key, method=every_pass)["params"]
+
+    def initialize(self, key: jax.Array) -> params.Tree:
+        tree = super().initialize(key)
+        if self.config.objective.itg_prior and not has_language_head(self.parts["bert"].directory):
+            flat = params.flatten(tree)
+            flat["qformer/lm_head/bias"] = jnp.asarray(self._token_prior(self.config.objective.itg_prior))
+            tree = params.unflatten(flat)
+        return tree
+
+    def _token_prior(self, captions: int) -> np.ndarray:
+        """float32[V]: log frequency of the tokens to be predicted in the first captions of each training source."""
+        texts = []
+        for name, _ in parse_mixture(self.config.data.train):
+            source = self.source(name)
+            texts += [text for index in range(min(captions, len(source))) for text in source[index]["captions"]]
+        texts = [clean_caption(text, self.config.data.lower_case) for text in texts]
+        ids, mask = self.tokenizer(texts, self.config.data.max_text_tokens)
+        return log_frequencies(ids[:, 1:], mask[:, 1:], self.blip2.qformer.vocab_size)
 
     def loss(self, trainable, frozen, batch, key, stream) -> tuple[jax.Array, Metrics]:
         dropout_key, negatives_key = jax.random.split(key)

@@ -23,7 +23,8 @@ def greedy(
       model: the language model.
       parameters: its parameters.
       prefix_embeds: float[B, T, D], soft prompt and prompt.
-      prefix_mask: bool[B, T]; rows may have gaps, so prompts of any lengths share a batch and give what each gives alone.
+      prefix_mask: bool[B, T]; rows may have gaps, so prompts of any lengths share a batch and
+        give what each gives alone.
       max_new_tokens: N.
       end_token: ends a row; what follows it in the row is the same token.
 

@@ -58,11 +58,11 @@ def measure_baselines(task: Task, test: Pictures) -> dict[str, dict]:
 
 def measure(
     checkpoints: Sequence[str], data: Sequence[str], with_baselines: bool = True
-) -> tuple[dict[str, dict], dict[str, list], list[str]]:
-    """Metrics by split, samples by source, and the HTML of each checkpoint's attention."""
+) -> tuple[dict[str, dict], dict[str, list], dict[str, list]]:
+    """Metrics by split, samples by source, and by stage the attention over pictures of the first source."""
     splits: dict[str, dict] = {}
     samples: dict[str, list] = {name: [] for name in data}
-    drawings = []
+    looks: dict[str, list] = {}
     for number, path in enumerate(checkpoints):
         task, trainable = tasks.load_trained(path)
         for name in data:
@@ -78,12 +78,12 @@ def measure(
                     node = node.setdefault(parent, {})
                 node[leaf] = value
             samples[name] += found
-        drawings.append(attention.drawing(task, trainable, task.pictures(data[0], training=False)))
+        looks[task.name] = attention.samples(task, trainable, task.pictures(data[0], training=False))
         jax.clear_caches()
     for split in splits.values():
         if "caption" in split:
             split["shuffled_image_loss_increase"] = split["caption"].pop("shuffled_image_loss_increase")
-    return splits, samples, drawings
+    return splits, samples, looks
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -98,13 +98,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seconds_setup", type=float, help="how long installing and downloading took, for the summary")
     options = parser.parse_args(arguments)
     try:
-        splits, samples, drawings = measure(options.checkpoint, options.data)
+        splits, samples, looks = measure(options.checkpoint, options.data)
         options.output.mkdir(parents=True, exist_ok=True)
         summary: dict = {"splits": splits}
         if options.seconds_setup is not None:
             summary["seconds_setup"] = options.seconds_setup
         curves = {path: read_metrics(pathlib.Path(path) / "metrics.jsonl") for path in options.checkpoint}
-        body = _body(curves, splits, samples, drawings)
+        body = _body(curves, splits, samples, looks)
         if options.started is not None:
             summary["seconds"] = time.time() - options.started
         report.write(options.output / "report.html", options.title, body)
@@ -115,13 +115,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(f"wrote {options.output / 'summary.json'} and {options.output / 'report.html'}")
 
 
-def _body(curves: Mapping[str, list], splits: dict, samples: Mapping[str, list], drawings: Sequence[str]) -> str:
+def _body(curves: Mapping[str, list], splits: dict, samples: Mapping[str, list], looks: Mapping[str, list]) -> str:
     parts = ["<h2>Measured, beside what needs no training</h2>", comparison.table(splits)]
     for path, rows in curves.items():
         if rows:
             parts += [f"<h2>Training of {pathlib.Path(path).name}</h2>", report.curves(rows)]
     parts += ["<h2>Pictures it had not seen</h2>", report.examples(samples)]
-    parts += ["<h2>Where the queries look</h2>", *drawings]
+    parts.append("<h2>Where the queries look</h2>")
+    for stage, found in looks.items():
+        parts += [f"<h3>{stage}</h3>", report.attention(next(iter(samples)), found)]
     return "".join(parts)
 
 

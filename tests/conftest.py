@@ -12,6 +12,9 @@ import jax
 import numpy as np
 import pytest
 
+from blip2_jax import trainer
+from tests import tiny
+
 jax.config.update("jax_num_cpu_devices", 8)
 # Runs that are resumed and repeated compile the same programs.
 jax.config.update("jax_compilation_cache_dir", tempfile.mkdtemp(prefix="blip2_jax_compiled_"))
@@ -20,3 +23,34 @@ jax.config.update("jax_compilation_cache_dir", tempfile.mkdtemp(prefix="blip2_ja
 @pytest.fixture
 def rng() -> np.random.Generator:
     return np.random.default_rng(0)
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    """Where tiny models, pictures and finished runs of this session are."""
+    return tmp_path_factory.mktemp("tiny")
+
+
+@pytest.fixture
+def own_cache(folder, monkeypatch):
+    """The cache of tiny things; without this fixture a test uses the user's, for the real models."""
+    monkeypatch.setenv("BLIP2_JAX_CACHE", str(folder / "cache"))
+
+
+def _train(folder, stage, **changes):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("BLIP2_JAX_CACHE", str(folder / "cache"))
+        trainer.train(tiny.recipe(stage, folder, **changes), folder / stage)
+    return folder / stage
+
+
+@pytest.fixture(scope="session")
+def stage1(folder):
+    """A finished stage-1 workdir."""
+    return _train(folder, "stage1")
+
+
+@pytest.fixture(scope="session")
+def stage2(folder, stage1):
+    """A finished stage-2 workdir."""
+    return _train(folder, "stage2", init=str(stage1))

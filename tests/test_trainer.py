@@ -21,27 +21,11 @@ from blip2_jax.monitoring.metrics import read_metrics
 from tests import tiny
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tiny")
-    os.environ["BLIP2_JAX_CACHE"] = str(folder / "cache")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def stage1(folder):
-    """A finished stage-1 workdir."""
-    workdir = folder / "stage1"
-    trainer.train(tiny.recipe("stage1", folder), workdir)
-    return workdir
-
-
-@pytest.fixture(scope="module")
-def stage2(folder, stage1):
-    """A finished stage-2 workdir."""
-    workdir = folder / "stage2"
-    trainer.train(tiny.recipe("stage2", folder, init=str(stage1)), workdir)
-    return workdir
+@pytest.fixture(scope="module", autouse=True)
+def cache(folder):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("BLIP2_JAX_CACHE", str(folder / "cache"))
+        yield
 
 
 def same_rows(left: pathlib.Path, right: pathlib.Path):
@@ -153,7 +137,7 @@ def test_a_workdir_of_another_configuration_is_refused(folder, stage1):
 
 
 def test_stage_two_without_stage_one_names_the_flag(folder, tmp_path):
-    with pytest.raises(ValueError, match="--config.init=DIR"):
+    with pytest.raises(ValueError, match=r"--config\.init=DIR"):
         trainer.train(tiny.recipe("stage2", folder), tmp_path / "w")
     assert not (tmp_path / "w").exists()
 

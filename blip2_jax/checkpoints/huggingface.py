@@ -27,7 +27,7 @@ class Directory:
                 handle = safe_open(file, framework="numpy")
             except SafetensorError as error:
                 raise ValueError(f"{file} is truncated or not a safetensors file: {error}") from error
-            self._files |= {name: handle for name in handle.keys()}
+            self._files |= dict.fromkeys(handle.keys(), handle)
 
     @property
     def files(self) -> list[pathlib.Path]:

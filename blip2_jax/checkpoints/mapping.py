@@ -1,7 +1,7 @@
 """Foreign tensors into our parameter trees, by path table.
 
-Other frameworks store a tensor a layer; ours stack the layers that a scan runs over. A row says, for our paths that match
-its expression, the foreign name (with {layer} where there is one) and how its axes turn into ours.
+Other frameworks store a tensor a layer; ours stack the layers that a scan runs over. A row says, for the paths that
+match its expression, the foreign name (with {layer} where there is one) and how its axes turn into ours.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Image tokens computed once: while the encoder is frozen, the same view of a picture gives the same tokens.
 
 On a CPU the encoder costs more than everything after it, so a run computes each picture's tokens for a fixed number of
-random views, and trains on them in random order. The table is a plain file in the cache, named by the hash of all that it
-depends on, mapped into memory; the second stage and a resumed run find it there.
+random views, and trains on them in random order. The table is a plain file in the cache, named by the hash of all that
+it depends on, mapped into memory; the second stage and a resumed run find it there.
 """
 
 from __future__ import annotations

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import html
-import math
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from blip2_jax import params
 from blip2_jax.data.pipeline import Pictures
-from blip2_jax.monitoring.report import Images
 
 if TYPE_CHECKING:
     from blip2_jax.tasks.common import Task
@@ -27,30 +24,12 @@ def cross_attention(task: Task, trainable: params.Tree, image_embeds: np.ndarray
     return np.asarray((tail or groups)[0]).mean(1)
 
 
-def drawing(task: Task, trainable: params.Tree, pictures: Pictures, count: int = 6) -> str:
-    """Some pictures, each with one map a query: the brighter, the more the query looks there."""
-    images = Images([pictures.name])
-    chosen = [round(i * (len(pictures.source) - 1) / max(count - 1, 1)) for i in range(count)]
-    examples = [pictures.example(index) for index in chosen]
+def samples(task: Task, trainable: params.Tree, pictures: Pictures, count: int = 6) -> list[dict]:
+    """Some pictures, evenly spread over the source: their key, their caption and float32[Q, P] weights."""
+    chosen = np.linspace(0, len(pictures.source) - 1, min(count, len(pictures.source))).round().astype(int)
+    examples = [pictures.example(int(index)) for index in chosen]
     weights = cross_attention(task, trainable, np.stack([example["image_embeds"] for example in examples]))
-    side = math.isqrt(weights.shape[-1])
-    rows = [f"<h3>{html.escape(task.name)}</h3>"]
-    for example, queries in zip(examples, weights, strict=True):
-        picture = images.tag(pictures.name, example["key"])
-        if side * side == weights.shape[-1]:
-            maps = "".join(_map(picture, query.reshape(side, side)) for query in queries)
-            caption = html.escape(example["caption"])
-            rows.append(f'<div class="row"><span class="query">{caption}</span>{picture}{maps}</div>')
-    return "".join(rows)
-
-
-def _map(picture: str, weights: np.ndarray) -> str:
-    side, strongest = len(weights), weights.max()
-    cell = 56 / side
-    shade = "".join(
-        f'<rect x="{x * cell:.1f}" y="{y * cell:.1f}" width="{cell:.1f}" height="{cell:.1f}" fill="#000" '
-        f'opacity="{0.85 * (1 - weights[y, x] / strongest):.2f}"/>'
-        for y in range(side)
-        for x in range(side)
-    )
-    return f'<span style="position:relative">{picture}<svg width="56" height="56" style="position:absolute;left:3px;top:3px">{shade}</svg></span>'
+    return [
+        {"key": example["key"], "caption": example["caption"], "weights": queries}
+        for example, queries in zip(examples, weights, strict=True)
+    ]

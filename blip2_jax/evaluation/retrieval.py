@@ -1,7 +1,7 @@
 """Image-text retrieval: recall at 1, 5 and 10, by ITC alone and with the best candidates judged again by ITM.
 
-As the original (reference: LAVIS, compute_sim_matrix): each query's k best candidates by cosine are re-ranked by the ITM
-logit plus the cosine; the rest keep their place behind them.
+As the original (LAVIS, compute_sim_matrix): each query's k best candidates by cosine are re-ranked by the ITM logit
+plus the cosine; the rest keep their place behind them.
 """
 
 from __future__ import annotations

@@ -5,9 +5,12 @@ from __future__ import annotations
 import base64
 import html
 import json
+import math
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+import numpy as np
 
 from blip2_jax.data.sources import open_source
 from blip2_jax.monitoring.metrics import read_metrics
@@ -20,7 +23,8 @@ td:first-child,th:first-child{text-align:left} .below{color:#b3261e} .grid{displ
 .card{width:150px;font-size:13px} .card img{width:72px;height:72px;display:block} .right{color:#146c2e}
 .wrong{color:#b3261e} .row{display:flex;align-items:center;gap:10px;margin:6px 0;font-size:13px}
 .row img{width:56px;height:56px;border:3px solid transparent;border-radius:6px} .row img.right{border-color:#146c2e}
-.row .query{width:230px} .charts{display:flex;flex-wrap:wrap;gap:16px} small{color:#5f6368}
+.row .query{width:230px} .map{position:relative} .map svg{position:absolute;left:3px;top:3px}
+.charts{display:flex;flex-wrap:wrap;gap:16px} small{color:#5f6368}
 """
 _COLOURS = ("#1a73e8", "#d93025", "#188038", "#e37400", "#9334e6")
 
@@ -71,10 +75,13 @@ def chart(title: str, series: Mapping[str, Sequence[tuple[float, float]]], width
         legend.append(f'<tspan fill="{colour}">{html.escape(name)} {smooth[-1][1]:.3g}  </tspan>')
     ticks = "".join(
         f'<text x="{left - 5}" y="{place(first, value)[1] + 4:.0f}" text-anchor="end">{value:.3g}</text>'
-        f'<line x1="{left}" x2="{width - 8}" y1="{place(first, value)[1]:.0f}" y2="{place(first, value)[1]:.0f}" stroke="#eee"/>'
+        f'<path d="M{left} {place(first, value)[1]:.0f}H{width - 8}" stroke="#eee"/>'
         for value in (low, (low + high) / 2, high)
     )
-    feet = f'<text x="{left}" y="{height - 6}">{first:g}</text><text x="{width - 8}" y="{height - 6}" text-anchor="end">step {last:g}</text>'
+    feet = (
+        f'<text x="{left}" y="{height - 6}">{first:g}</text>'
+        f'<text x="{width - 8}" y="{height - 6}" text-anchor="end">step {last:g}</text>'
+    )
     return (
         f'<figure style="margin:0"><b>{html.escape(title)}</b><br><svg width="{width}" height="{height + 18}" '
         f'font-size="11" font-family="sans-serif" fill="#5f6368">{ticks}{feet}{"".join(lines)}'
@@ -148,6 +155,37 @@ def examples(samples: Mapping[str, Sequence[Mapping[str, Any]]], shown: int = 40
             title = f"<h3>Captions of {html.escape(name)}</h3><p><small>black: true; below: generated</small></p>"
             parts.append(title + _captions(name, found, images, shown))
     return "".join(parts)
+
+
+def attention(name: str, samples: Sequence[Mapping[str, Any]]) -> str:
+    """Some pictures of a source, each with one map a query: the brighter, the more the query looks there.
+
+    Args:
+      name: of the source.
+      samples: of `evaluation.attention.samples`. Image tokens that form no square are left out.
+    """
+    images, rows = Images([name]), []
+    for sample in samples:
+        side = math.isqrt(sample["weights"].shape[-1])
+        if side * side != sample["weights"].shape[-1]:
+            continue
+        picture = images.tag(name, sample["key"])
+        maps = "".join(_attention_map(picture, query.reshape(side, side)) for query in sample["weights"])
+        rows.append(
+            f'<div class="row"><span class="query">{html.escape(sample["caption"])}</span>{picture}{maps}</div>'
+        )
+    return "".join(rows)
+
+
+def _attention_map(picture: str, weights: np.ndarray, size: int = 56) -> str:
+    """A picture under a shade that lets through what `weights`, float[side, side], looks at."""
+    cell = size / len(weights)
+    shade = "".join(
+        f'<rect x="{x * cell:.1f}" y="{y * cell:.1f}" width="{cell:.1f}" height="{cell:.1f}" '
+        f'opacity="{0.85 * (1 - weights[y, x] / weights.max()):.2f}"/>'
+        for y, x in np.ndindex(weights.shape)
+    )
+    return f'<span class="map">{picture}<svg width="{size}" height="{size}">{shade}</svg></span>'
 
 
 def page(title: str, body: str) -> str:

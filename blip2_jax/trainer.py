@@ -57,12 +57,12 @@ def write_json(file: pathlib.Path, content: dict) -> None:
 
 
 def make_step(task: Task, transformation: optax.GradientTransformation):
-    """The compiled training step: (state, frozen, batch, stream) -> (state, metrics)."""
+    """The compiled training step: (state, frozen, batch) -> (state, metrics)."""
 
-    @functools.partial(jax.jit, static_argnames="stream", donate_argnums=0)
-    def step(state: TrainState, frozen_params: params.Tree, batch: dict, stream: str):
+    @functools.partial(jax.jit, donate_argnums=0)
+    def step(state: TrainState, frozen_params: params.Tree, batch: dict):
         key = jax.random.fold_in(state.rng, state.step)
-        objective = functools.partial(task.loss, frozen=frozen_params, batch=batch, key=key, stream=stream)
+        objective = functools.partial(task.loss, frozen=frozen_params, batch=batch, key=key)
         (loss, metrics), gradients = jax.value_and_grad(objective, has_aux=True)(state.trainable)
         updates, optimizer_state = transformation.update(gradients, state.optimizer, state.trainable)
         trainable = optax.apply_updates(state.trainable, updates)
@@ -85,9 +85,10 @@ class Run:
             raise ValueError(f"total_steps must be above 0, found {config.total_steps}")
         self.task = tasks.create(config)
         starting_point = tasks.starting_point(self.task)
-        streams = self.task.streams()
-        self.schemas = {name: stream.schema for name, stream in streams.items()}
-        self.data = iter(training_batches(streams, config.batch_size, config.seed, config.data.threads))
+        parts = self.task.training_parts()
+        self.data = iter(
+            training_batches(parts, self.task.collate, config.batch_size, config.seed, config.data.threads)
+        )
         self.evaluated = self.task.evaluation_pictures() if config.data.eval else {}
 
         everywhere = meshes.replicated(self.mesh)
@@ -145,18 +146,17 @@ class Run:
         total, start = self.config.total_steps, int(self.state.step)
         sharding = meshes.batch_sharding(self.mesh)
         previous: tuple[int, dict] | None = None
-        compiled: set[str] = set()
         with progress(total=total, initial=start, desc=self.task.name, unit="step") as bar:
             for number in range(start + 1, total + 1):
                 with self.clock.measure("data"):
-                    stream, batch = next(self.data)
-                if stream not in compiled:
-                    check_batch(batch, self.schemas[stream])
-                with self.clock.measure("train" if stream in compiled else "compile"):
+                    batch = next(self.data)
+                first = number == start + 1
+                if first:
+                    check_batch(batch, self.task.schema())
+                with self.clock.measure("compile" if first else "train"):
                     batch = jax.device_put(batch, sharding)
-                    self.state, metrics = self.step(self.state, self.frozen, batch, stream=stream)
+                    self.state, metrics = self.step(self.state, self.frozen, batch)
                     self.clock.step()
-                compiled.add(stream)
                 # Read the step before this one, so that the device never waits for the host.
                 if previous:
                     self._log(*previous, bar)

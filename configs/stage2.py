@@ -14,7 +14,7 @@ def get_config(variant: str = "nano") -> ConfigDict:
 
 
 def nano() -> ConfigDict:
-    """SmolLM2-135M-Instruct behind the Q-Former of stage 1; captions, and one batch in seven asks for the category."""
+    """SmolLM2-135M-Instruct behind the Q-Former of stage 1; captions, and every seventh row asks for the category."""
     config = ConfigDict()
     config.task = "stage2"
     config.seed = 0
@@ -35,7 +35,7 @@ def nano() -> ConfigDict:
     config.data = ConfigDict()
     config.data.train = "nano:train"
     config.data.questions = "nano:train"  # Pictures with a category; "" trains on captions alone.
-    config.data.question_share = 0.15  # Of the batches.
+    config.data.question_share = 0.15  # Of the rows.
     config.data.eval = "nano:val_drawing + nano:val_concept"
     config.data.feature_views = 4
     config.data.view_seed = 0

@@ -27,7 +27,7 @@ def language():
 
 
 def perplexity(model, parameters, tokenizer, text):
-    ids = jnp.asarray([[tokenizer.end, *tokenizer.encode(text)]])
+    ids = jnp.asarray([tokenizer.encode(text)])
 
     @jax.jit
     def losses(parameters, ids):
@@ -36,28 +36,27 @@ def perplexity(model, parameters, tokenizer, text):
         log_probabilities = jax.nn.log_softmax(hidden @ bound.head().T)
         return -jnp.take_along_axis(log_probabilities[:, :-1], ids[:, 1:, None], axis=-1)
 
-    # The first token has nothing before it but the mark of a beginning.
-    return float(jnp.exp(losses(parameters, ids)[0, 1:].mean()))
+    return float(jnp.exp(losses(parameters, ids).mean()))
 
 
 def test_the_language_model_knows_english(language):
-    """The value of transformers on the same weights is 21.456 without the mark in front (tests of torch compare)."""
+    """Transformers gives 21.456 on the same weights and tokens; llama.cpp's row order left as it is gives thousands."""
     plain = perplexity(*language, PARAGRAPH)
     words = PARAGRAPH.split()
     shuffled = perplexity(*language, " ".join(np.random.default_rng(0).permutation(words)))
-    assert plain < 25
+    assert plain == pytest.approx(21.456, rel=2e-3)
     assert shuffled > 20 * plain
 
 
 def test_the_language_model_goes_on_with_a_fact(language):
     model, parameters, tokenizer = language
-    prompts = ["The capital of France is", "Two, four, six,"]
+    prompts = ["The capital of France is", "Monday, Tuesday,"]
     ids, mask = tokenizer.prompts(prompts, 12)
     embeds = model.apply({"params": parameters}, ids, method="embed")
     written = decoding.greedy(model, parameters, embeds, mask, max_new_tokens=3, end_token=tokenizer.end)
     texts = [tokenizer.decode(row) for row in np.asarray(written)]
     assert texts[0].startswith(" Paris")
-    assert texts[1].startswith(" eight")
+    assert texts[1].startswith(" Wednesday")
 
 
 def test_bert_puts_like_sentences_together(sentence_task):

@@ -16,7 +16,6 @@ import pytest
 
 from blip2_jax import params, tasks, trainer
 from blip2_jax.checkpoints import store
-from blip2_jax.data.pipeline import training_batches
 from blip2_jax.monitoring.metrics import read_metrics
 from tests import tiny
 
@@ -197,15 +196,15 @@ def matrix_products(text: str) -> set[str]:
 
 
 def test_the_step_forms_no_gradient_of_a_frozen_weight(stage2_run, folder):
-    stream, batch = next(iter(training_batches(stage2_run.task.streams(), 8, 0, 0)))
+    batch = next(stage2_run.data)
     frozen_shapes = {"20,44", "44,20", "1,20,44", "1,44,20", "2,20,44"}
-    text = stage2_run.step.lower(stage2_run.state, stage2_run.frozen, batch, stream=stream).compile().as_text()
+    text = stage2_run.step.lower(stage2_run.state, stage2_run.frozen, batch).compile().as_text()
     assert matrix_products(text)
     assert not matrix_products(text) & frozen_shapes
 
     def loss_of_everything(everything):
         task = stage2_run.task
-        return task.loss(everything[0], everything[1], batch, jax.random.key(0), stream)[0]
+        return task.loss(everything[0], everything[1], batch, jax.random.key(0))[0]
 
     # The control: where gradients of the language model are asked for, they are seen.
     both = jax.jit(jax.grad(loss_of_everything)).lower((stage2_run.state.trainable, stage2_run.frozen))
@@ -214,14 +213,12 @@ def test_the_step_forms_no_gradient_of_a_frozen_weight(stage2_run, folder):
 
 def test_losses_on_eight_devices_are_those_on_one(folder, tmp_path):
     one = trainer.Run(tiny.recipe("stage1", folder), tmp_path / "all")
-    stream, batch = next(one.data)
+    batch = next(one.data)
     assert one.mesh.size == 8
     state, frozen = jax.device_get((one.state, one.frozen))
-    _, metrics = one.step(
-        one.state, one.frozen, jax.device_put(batch, trainer.meshes.batch_sharding(one.mesh)), stream=stream
-    )
+    _, metrics = one.step(one.state, one.frozen, jax.device_put(batch, trainer.meshes.batch_sharding(one.mesh)))
     alone = jax.device_put((state, frozen, batch), jax.devices()[0])
-    _, expected = trainer.make_step(one.task, one.transformation)(*alone, stream=stream)
+    _, expected = trainer.make_step(one.task, one.transformation)(*alone)
     chex.assert_trees_all_close(jax.device_get(metrics), jax.device_get(expected), rtol=2e-4, atol=1e-5)
 
 
@@ -239,3 +236,27 @@ def test_nonsense_settings_are_errors_before_training(folder, tmp_path):
     ):
         with pytest.raises((ValueError, OSError), match=message):
             trainer.train(tiny.recipe("stage1", folder, **changes), tmp_path / "w")
+
+
+def test_captions_and_questions_share_a_batch(folder, stage1, tmp_path):
+    """Rows of both kinds, each with its own prompt right before its own target."""
+    lines = (folder / "pictures" / "pictures.jsonl").read_text().splitlines()
+    for name, category in (("plain", None), ("with", "shapes")):
+        items = [json.loads(line) for line in lines]
+        items = [item | {"image": str(folder / "pictures" / item["image"])} for item in items]
+        items = [item | ({"category": category} if category else {}) for item in items]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, items)))
+    asked = {"data.questions": f"jsonl:{tmp_path / 'with.jsonl'}", "data.question_share": 0.5}
+    run = trainer.Run(tiny.recipe("stage2", folder, init=str(stage1), **asked), tmp_path / "w")
+    tokenizer, found = run.task.tokenizer, []
+    for _ in range(4):
+        batch = next(run.data)
+        row = run.task._row(batch)
+        for ids, mask in zip(np.asarray(row.ids), np.asarray(row.mask), strict=True):
+            found.append(tokenizer.decode(ids[mask]))
+    assert sum(text == "Question: category? Answer: shapes" for text in found) == 16
+    assert sum(text.startswith("A drawing of a ") for text in found) == 16
+
+    bare = {"data.questions": f"jsonl:{tmp_path / 'plain.jsonl'}", "data.question_share": 0.5}
+    with pytest.raises(ValueError, match=r"has no category to ask for; set data\.questions=''"):
+        trainer.train(tiny.recipe("stage2", folder, init=str(stage1), **bare), tmp_path / "w2")

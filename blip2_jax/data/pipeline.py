@@ -79,53 +79,44 @@ class _Indices:
 
 
 @dataclasses.dataclass(frozen=True)
-class Stream:
-    """One kind of training batch; a run draws each of its batches from one of its streams.
+class Part:
+    """Where some of the rows of every training batch come from.
 
     Attributes:
-      parts: pictures with the share of the examples that comes from them; each is reshuffled every epoch.
-      prepare: from an example and a random generator to what `collate` takes.
-      collate: a list of prepared examples to a batch.
-      schema: shapes and dtypes of that batch.
-      share: of the run's batches.
+      pictures: reshuffled every epoch.
+      prepare: from an example and a random generator to what the task collates.
+      share: of the rows.
     """
 
-    parts: Sequence[tuple[Pictures, float]]
+    pictures: Pictures
     prepare: Callable[[Record, np.random.Generator], Any]
-    collate: Callable[[Sequence[Any]], Batch]
-    schema: Schema
     share: float = 1.0
 
 
-def training_batches(streams: Mapping[str, Stream], batch_size: int, seed: int, threads: int) -> grain.IterDataset:
-    """An endless sequence of (name of the stream, batch).
+def training_batches(
+    parts: Sequence[Part], collate: Callable[[Sequence[Any]], Batch], batch_size: int, seed: int, threads: int
+) -> grain.IterDataset:
+    """An endless sequence of batches.
 
     Args:
-      streams: by name.
+      parts: what to mix, row by row.
+      collate: a list of prepared examples to a batch.
       batch_size: B.
       seed: of all random choices.
       threads: that make batches ahead.
     """
 
-    def examples(stream: Stream, pictures: Pictures, seed: int) -> grain.MapDataset:
+    def examples(part: Part, seed: int) -> grain.MapDataset:
         def load(index: int, rng: np.random.Generator) -> Any:
-            return stream.prepare(pictures.example(index, rng), rng)
+            return part.prepare(part.pictures.example(index, rng), rng)
 
-        return grain.MapDataset.source(_Indices(len(pictures.source))).seed(seed).shuffle().repeat().random_map(load)
+        indices = _Indices(len(part.pictures.source))
+        return grain.MapDataset.source(indices).seed(seed).shuffle().repeat().random_map(load)
 
-    def mix(datasets: Sequence[grain.MapDataset], shares: Sequence[float]) -> grain.MapDataset:
-        return datasets[0] if len(datasets) == 1 else grain.MapDataset.mix(datasets, shares)
-
-    batches = []
-    for number, (name, stream) in enumerate(streams.items()):
-        parts = [
-            examples(stream, pictures, _seed(seed, number, part)) for part, (pictures, _) in enumerate(stream.parts)
-        ]
-        mixed = mix(parts, [share for _, share in stream.parts])
-        collate = lambda examples, name=name, stream=stream: (name, stream.collate(examples))
-        batches.append(mixed.batch(batch_size, drop_remainder=True, batch_fn=collate))
-    ahead = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
-    return mix(batches, [stream.share for stream in streams.values()]).to_iter_dataset(ahead)
+    datasets = [examples(part, _seed(seed, number)) for number, part in enumerate(parts)]
+    mixed = datasets[0] if len(datasets) == 1 else grain.MapDataset.mix(datasets, [part.share for part in parts])
+    batches = mixed.batch(batch_size, drop_remainder=True, batch_fn=collate)
+    return batches.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads))
 
 
 def _seed(*numbers: int) -> int:

@@ -3,7 +3,8 @@
     nano:SPLIT          the pictures that ship with the package (assets/pictures)
     arrayrecord:GLOB    our own ArrayRecord files, as `assets/build/pictures.py` writes them
     folder:DIR          pictures, each beside a text file of the same name that holds its caption
-    jsonl:FILE          one JSON object a line: {"image": PATH, "caption": TEXT}, paths relative to the file
+    jsonl:FILE          one JSON object a line: {"image": PATH, "caption": TEXT}, paths relative to the file; other
+                        fields, such as "category", stay with the record
 
 A record is a dictionary: `key` (str), `image` (encoded bytes), `captions` (list of str), and whatever else the source
 knows, such as `category`.
@@ -64,20 +65,20 @@ class ArrayRecords:
 class ImageFiles:
     """Pictures on disk with one caption each; every picture is looked at once, when the source is opened."""
 
-    def __init__(self, pairs: list[tuple[pathlib.Path, str]], where: str):
-        if not pairs:
+    def __init__(self, items: list[tuple[pathlib.Path, Record]], where: str):
+        if not items:
             raise ValueError(f"{where} holds no picture with a caption")
-        for file, _ in pairs:
+        for file, _ in items:
             check_image(file)
-        self._pairs = pairs
-        self.identity = _hash([f"{file}:{file.stat().st_size}:{file.stat().st_mtime_ns}" for file, _ in pairs])
+        self._items = items
+        self.identity = _hash([f"{file}:{file.stat().st_size}:{file.stat().st_mtime_ns}" for file, _ in items])
 
     def __len__(self) -> int:
-        return len(self._pairs)
+        return len(self._items)
 
     def __getitem__(self, index: int) -> Record:
-        file, caption = self._pairs[index]
-        return {"key": str(file), "image": file.read_bytes(), "captions": [caption]}
+        file, rest = self._items[index]
+        return {**rest, "key": str(file), "image": file.read_bytes()}
 
 
 def _folder(directory: str) -> ImageFiles:
@@ -85,11 +86,11 @@ def _folder(directory: str) -> ImageFiles:
     if not root.is_dir():
         raise FileNotFoundError(f"folder:{directory}: no such directory")
     images = sorted(file for file in root.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
-    pairs, missing = [], []
+    items, missing = [], []
     for image in images:
         text = image.with_suffix(".txt")
         if text.exists():
-            pairs.append((image, _read_text(text)))
+            items.append((image, {"captions": [_read_text(text)]}))
         else:
             missing.append(image)
     if missing:
@@ -97,7 +98,7 @@ def _folder(directory: str) -> ImageFiles:
             f"folder:{directory}: {len(missing)} of {len(images)} pictures have no caption, the first {missing[0]}; "
             f"expected its caption in {missing[0].with_suffix('.txt').name}"
         )
-    return ImageFiles(pairs, f"folder:{directory}")
+    return ImageFiles(items, f"folder:{directory}")
 
 
 def _read_text(file: pathlib.Path) -> str:
@@ -114,23 +115,23 @@ def _jsonl(name: str) -> ImageFiles:
     file = pathlib.Path(name)
     if not file.is_file():
         raise FileNotFoundError(f"jsonl:{name}: no such file")
-    pairs = []
+    items = []
     for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
         if not line.strip():
             continue
         where = f"{file}, line {number}"
         try:
             item = json.loads(line)
-            image, caption = item["image"], item["caption"]
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            image, caption = item.pop("image"), item.pop("caption")
+        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f'{where}: expected {{"image": PATH, "caption": TEXT}}, found {line[:80]!r}') from error
         if not isinstance(caption, str) or not caption.strip():
             raise ValueError(f"{where}: the caption is empty or not a text")
         path = file.parent / image
         if not path.is_file():
             raise FileNotFoundError(f"{where}: the image {path} does not exist")
-        pairs.append((path, caption.strip()))
-    return ImageFiles(pairs, f"jsonl:{name}")
+        items.append((path, item | {"captions": [caption.strip()]}))
+    return ImageFiles(items, f"jsonl:{name}")
 
 
 def _nano(split: str) -> ArrayRecords:

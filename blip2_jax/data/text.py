@@ -112,7 +112,6 @@ class LanguageTokenizer:
             )
         return pad(rows, length, self.padding)
 
-    def targets(self, texts: Sequence[str], length: int) -> tuple[np.ndarray, np.ndarray]:
-        """int32[B, length] and bool[B, length], each text with the end token; a longer text loses its end."""
-        rows = [[*self.encode(text)[: length - 1], self.end] for text in texts]
-        return pad(rows, length, self.padding)
+    def encode_target(self, text: str, length: int) -> list[int]:
+        """At most `length` token ids, the last of them the end token; a longer text loses its last words."""
+        return [*self.encode(text)[: length - 1], self.end]

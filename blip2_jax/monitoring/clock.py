@@ -10,7 +10,7 @@ from collections import defaultdict
 class Clock:
     """Seconds by purpose (train, data, compile, evaluate, checkpoint), and the pace of training since the last reading.
 
-    The pace counts train and data alone: the first step of each kind of batch compiles, which would spoil the average.
+    The pace counts train and data alone: the first step compiles, which would spoil the average.
     """
 
     def __init__(self) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import flax.linen as nn
 import jax
@@ -17,7 +17,7 @@ from blip2_jax.checkpoints import frozen
 from blip2_jax.checkpoints.bert import initialize_qformer, qformer_config
 from blip2_jax.checkpoints.downloads import cache_directory
 from blip2_jax.data.features import View, compute
-from blip2_jax.data.pipeline import Batch, Pictures, Schema, Stream
+from blip2_jax.data.pipeline import Batch, Part, Pictures, Schema
 from blip2_jax.data.sources import Source, open_source, parse_mixture
 from blip2_jax.data.text import CaptionTokenizer, clean_caption
 from blip2_jax.models.blip2 import Blip2Config
@@ -68,8 +68,16 @@ class Task(abc.ABC):
     # What a stage says of itself.
 
     @abc.abstractmethod
-    def streams(self) -> dict[str, Stream]:
-        """The kinds of training batches."""
+    def training_parts(self) -> list[Part]:
+        """What the rows of training batches are made of."""
+
+    @abc.abstractmethod
+    def collate(self, examples: Sequence[dict]) -> Batch:
+        """A batch of what the parts prepare."""
+
+    @abc.abstractmethod
+    def schema(self) -> Schema:
+        """Shapes and dtypes of a training batch."""
 
     @abc.abstractmethod
     def fresh(self, key: jax.Array) -> params.Tree:
@@ -77,9 +85,9 @@ class Task(abc.ABC):
 
     @abc.abstractmethod
     def loss(
-        self, trainable: params.Tree, frozen: params.Tree, batch: Batch, key: jax.Array, stream: str
+        self, trainable: params.Tree, frozen: params.Tree, batch: Batch, key: jax.Array
     ) -> tuple[jax.Array, Metrics]:
-        """The training loss of a batch of this stream, float32[], and what to log."""
+        """The training loss of a batch, float32[], and what to log."""
 
     @abc.abstractmethod
     def read_image(self, model: nn.Module, image_embeds: jax.Array) -> jax.Array:
@@ -162,19 +170,23 @@ class Task(abc.ABC):
         table = compute(source, view, self.encode, shape, identity, cache_directory(), f"image features of {name}")
         return Pictures(name, source, view, table)
 
-    def training_parts(self, mixture: str) -> list[tuple[Pictures, float]]:
-        """The pictures of a mixture such as "SRC@0.7 + SRC@0.3", with their shares."""
-        parts = [(self.pictures(name, training=True), share) for name, share in parse_mixture(mixture)]
-        for pictures, _ in parts:
-            if not len(pictures.source):
-                raise ValueError(f"{pictures.name} holds no record")
+    def mixture(
+        self, text: str, prepare: Callable[[dict, np.random.Generator], dict], share: float = 1.0
+    ) -> list[Part]:
+        """The parts of a mixture such as "SRC@0.7 + SRC@0.3", which together make up `share` of the rows."""
+        parts = [
+            Part(self.pictures(name, training=True), prepare, share * weight) for name, weight in parse_mixture(text)
+        ]
+        for part in parts:
+            if not len(part.pictures.source):
+                raise ValueError(f"{part.pictures.name} holds no record")
         return parts
 
     def sentence_embeddings(self, texts: Sequence[str]) -> np.ndarray:
         """float32[N, D] of unit length: the mean of what BERT, as it was before training, makes of a text's tokens."""
         config = self.blip2.qformer
         qformer, tokenizer = QFormer(config), CaptionTokenizer(self.parts["bert"].directory.path)
-        ids, mask = tokenizer([clean_caption(text) for text in texts], 32)
+        ids, mask = tokenizer([clean_caption(text) for text in texts], min(32, config.max_positions))
         fresh = jax.jit(lambda key: qformer.init(key, ids[:1], mask[:1], method="encode_text"))(jax.random.key(0))[
             "params"
         ]

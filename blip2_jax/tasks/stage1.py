@@ -10,7 +10,7 @@ import numpy as np
 
 from blip2_jax import params
 from blip2_jax.checkpoints.bert import has_language_head
-from blip2_jax.data.pipeline import Batch, Pictures, Stream, collate_images, evaluation_batches
+from blip2_jax.data.pipeline import Batch, Part, Pictures, Schema, collate_images, evaluation_batches
 from blip2_jax.data.sources import identify, parse_mixture
 from blip2_jax.data.text import CaptionTokenizer, clean_caption, log_frequencies
 from blip2_jax.evaluation import retrieval
@@ -38,15 +38,16 @@ class Stage1(Task):
         self._text_features = jax.jit(self._encode_texts)
         self._match_logits = jax.jit(self._match)
 
-    def streams(self) -> dict[str, Stream]:
+    def training_parts(self) -> list[Part]:
+        return self.mixture(self.config.data.train, self.prepare)
+
+    def schema(self) -> Schema:
         text = (self.config.batch_size, self.config.data.max_text_tokens)
-        schema = self.image_schema() | {
+        return self.image_schema() | {
             "text_id": jax.ShapeDtypeStruct((self.config.batch_size, 2), np.uint32),
             "text_ids": jax.ShapeDtypeStruct(text, np.int32),
             "text_mask": jax.ShapeDtypeStruct(text, np.bool_),
         }
-        parts = self.training_parts(self.config.data.train)
-        return {"pairs": Stream(parts, self.prepare, self.collate, schema)}
 
     def prepare(self, example: dict, rng: np.random.Generator | None) -> dict:
         return example | {"text": clean_caption(example["caption"], self.config.data.lower_case)}
@@ -88,7 +89,7 @@ class Stage1(Task):
         ids, mask = self.tokenizer(texts, self.config.data.max_text_tokens)
         return log_frequencies(ids[:, 1:], mask[:, 1:], self.blip2.qformer.vocab_size)
 
-    def loss(self, trainable, frozen, batch, key, stream) -> tuple[jax.Array, Metrics]:
+    def loss(self, trainable, frozen, batch, key) -> tuple[jax.Array, Metrics]:
         dropout_key, negatives_key = jax.random.split(key)
         image_embeds = self.image_embeds(frozen, batch)
         return self.model.apply(

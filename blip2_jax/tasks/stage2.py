@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 
 import jax
@@ -11,8 +10,8 @@ import numpy as np
 
 from blip2_jax import decoding, params
 from blip2_jax.checkpoints import frozen
-from blip2_jax.data.pipeline import Batch, Pictures, Schema, Stream, collate_images, evaluation_batches
-from blip2_jax.data.text import LanguageTokenizer, clean_caption
+from blip2_jax.data.pipeline import Batch, Part, Pictures, Schema, collate_images, evaluation_batches
+from blip2_jax.data.text import LanguageTokenizer, clean_caption, pad
 from blip2_jax.evaluation import captioning
 from blip2_jax.models.blip2 import SoftPromptModel
 from blip2_jax.models.language import Row, join
@@ -43,38 +42,15 @@ class Stage2(Task):
 
     # Data: captions behind a fixed prompt, and answers behind a question.
 
-    def streams(self) -> dict[str, Stream]:
+    def training_parts(self) -> list[Part]:
         data = self.config.data
-        parts = self.training_parts(data.train)
-        captions = Stream(parts, self.prepare_caption, self.collate_captions, self._schema(*self._caption_lengths()))
-        if not data.questions:
-            return {"captions": captions}
-        questions = Stream(
-            self.training_parts(data.questions),
-            self.prepare_question,
-            self.collate_questions,
-            self._schema(*self._question_lengths()),
-            data.question_share,
-        )
-        return {"captions": dataclasses.replace(captions, share=1 - data.question_share), "questions": questions}
-
-    def _caption_lengths(self) -> tuple[int, int]:
-        return len(self.tokenizer.encode(self.config.data.prompt)), self.config.data.max_text_tokens
-
-    def _question_lengths(self) -> tuple[int, int]:
-        return len(self.tokenizer.encode(self.config.data.question)), self.config.data.max_answer_tokens
-
-    def _schema(self, prompt_length: int, target_length: int) -> Schema:
-        fields = {}
-        for name, length in (("prompt", prompt_length), ("target", target_length)):
-            shape = (self.config.batch_size, length)
-            fields[f"{name}_ids"] = jax.ShapeDtypeStruct(shape, np.int32)
-            fields[f"{name}_mask"] = jax.ShapeDtypeStruct(shape, np.bool_)
-        return self.image_schema() | fields
+        asked = data.question_share if data.questions else 0.0
+        parts = self.mixture(data.train, self.prepare_caption, 1 - asked)
+        return parts + (self.mixture(data.questions, self.prepare_question, asked) if asked else [])
 
     def prepare_caption(self, example: dict, rng: np.random.Generator | None = None) -> dict:
         text = clean_caption(example["caption"], self.config.data.lower_case)
-        return example | {"prompt": self.config.data.prompt, "target": text}
+        return self._prepare(example, self.config.data.prompt, text, self.config.data.max_text_tokens)
 
     def prepare_question(self, example: dict, rng: np.random.Generator | None = None) -> dict:
         if "category" not in example:
@@ -82,21 +58,37 @@ class Stage2(Task):
                 f"data.questions = {self.config.data.questions!r}: {example['key']} has no category to ask for; "
                 "set data.questions='' to train on captions alone"
             )
-        return example | {"prompt": self.config.data.question, "target": example["category"]}
+        return self._prepare(
+            example, self.config.data.question, example["category"], self.config.data.max_answer_tokens
+        )
 
-    def collate_captions(self, examples: Sequence[dict]) -> Batch:
-        return self._collate(examples, *self._caption_lengths())
-
-    def collate_questions(self, examples: Sequence[dict]) -> Batch:
-        return self._collate(examples, *self._question_lengths())
-
-    def _collate(self, examples: Sequence[dict], prompt_length: int, target_length: int) -> Batch:
-        prompt_ids, prompt_mask = self.tokenizer.prompts([example["prompt"] for example in examples], prompt_length)
+    def _prepare(self, example: dict, prompt: str, target: str, target_length: int) -> dict:
         # With its space a word in the middle of a text is one token, which is how the model knows it.
-        targets = [" " + example["target"] for example in examples]
-        target_ids, target_mask = self.tokenizer.targets(targets, target_length)
-        texts = {"prompt_ids": prompt_ids, "prompt_mask": prompt_mask}
-        return collate_images(examples) | texts | {"target_ids": target_ids, "target_mask": target_mask}
+        target_ids = self.tokenizer.encode_target(" " + target, target_length)
+        return example | {"prompt_ids": self.tokenizer.encode(prompt), "target_ids": target_ids}
+
+    def _lengths(self) -> tuple[int, int, int]:
+        """The longest prompt, the longest target, and the longest row of one behind the other, in tokens."""
+        data = self.config.data
+        kinds = [(len(self.tokenizer.encode(data.prompt)), data.max_text_tokens)]
+        if data.questions:
+            kinds.append((len(self.tokenizer.encode(data.question)), data.max_answer_tokens))
+        return *(max(lengths) for lengths in zip(*kinds, strict=True)), max(sum(kind) for kind in kinds)
+
+    def schema(self) -> Schema:
+        fields = {}
+        for name, length in zip(("prompt", "target"), self._lengths(), strict=False):
+            shape = (self.config.batch_size, length)
+            fields[f"{name}_ids"] = jax.ShapeDtypeStruct(shape, np.int32)
+            fields[f"{name}_mask"] = jax.ShapeDtypeStruct(shape, np.bool_)
+        return self.image_schema() | fields
+
+    def collate(self, examples: Sequence[dict]) -> Batch:
+        batch = collate_images(examples)
+        for name, length in zip(("prompt", "target"), self._lengths(), strict=False):
+            rows = [example[f"{name}_ids"] for example in examples]
+            batch[f"{name}_ids"], batch[f"{name}_mask"] = pad(rows, length, self.tokenizer.padding)
+        return batch
 
     # Model and loss.
 
@@ -126,19 +118,18 @@ class Stage2(Task):
         features = hidden[:, queries - 1 : -1]
         return language_modeling_loss(features, model.head(), None, row.ids, row.is_target, frozen_head=True)
 
-    def loss(self, trainable, frozen, batch, key, stream) -> tuple[jax.Array, Metrics]:
+    def loss(self, trainable, frozen, batch, key) -> tuple[jax.Array, Metrics]:
         dropout_key = key if self.blip2.qformer.dropout else None
         soft_prompt = self.soft_prompt(trainable, self.image_embeds(frozen, batch), dropout_key)
         row = self._row(batch)
         row = row._replace(is_target=row.is_target & batch["example_mask"][:, None])
         loss, tokens = self._language_loss(frozen["language"], soft_prompt, row)
         loss = loss / jnp.maximum(tokens, 1.0)
-        return loss, {f"loss_{stream}": loss}
+        return loss, {"loss_lm": loss}
 
-    @staticmethod
-    def _row(batch: Batch) -> Row:
-        length = batch["prompt_ids"].shape[1] + batch["target_ids"].shape[1]
-        return join(batch["prompt_ids"], batch["prompt_mask"], batch["target_ids"], batch["target_mask"], length)
+    def _row(self, batch: Batch) -> Row:
+        prompt, target = ((batch[f"{name}_ids"], batch[f"{name}_mask"]) for name in ("prompt", "target"))
+        return join(*prompt, *target, self._lengths()[2])
 
     # Generation and evaluation.
 
@@ -191,7 +182,7 @@ class Stage2(Task):
         return metrics, samples
 
     def _evaluation_collate(self, examples: Sequence[dict]) -> Batch:
-        return self.collate_captions([self.prepare_caption(example) for example in examples])
+        return self.collate([self.prepare_caption(example) for example in examples])
 
     def _write_all(self, soft_prompts: list[np.ndarray], count: int, prompt: str, tokens: int) -> list[str]:
         texts = []

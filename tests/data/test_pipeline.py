@@ -2,6 +2,7 @@
 
 import io
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from PIL import Image
 
 from blip2_jax.data import features, images, pipeline
 from blip2_jax.data.features import View
-from blip2_jax.data.pipeline import Pictures, Stream
+from blip2_jax.data.pipeline import Pictures
 
 
 class Squares:
@@ -29,58 +30,47 @@ class Squares:
         return {"key": f"{self.first + index}", "image": stream.getvalue(), "captions": [f"caption {index}", "other"]}
 
 
-def streams(share=1.0):
-    parts = [(Pictures("a", Squares(), View(4, count=1)), 0.7), (Pictures("b", Squares(100), View(4, count=1)), 0.3)]
+PARTS = [
+    pipeline.Part(Pictures(name, Squares(first), View(4, count=1)), lambda e, rng: e | {"luck": rng.random()}, share)
+    for name, first, share in (("a", 0, 0.7), ("b", 100, 0.3))
+]
 
+
+def batches(seed, threads=0, parts=PARTS):
     def collate(examples):
-        return pipeline.collate_images(examples) | {"key": np.array([int(e["key"]) for e in examples])}
+        numbers = {name: np.array([float(example[name]) for example in examples]) for name in ("key", "luck")}
+        return pipeline.collate_images(examples) | numbers
 
-    prepare = lambda example, rng: example | {"luck": rng.random()}
-    schema = {"image": jax.ShapeDtypeStruct((5, 4, 4, 3), np.uint8)}
-    return {"pairs": Stream(parts, prepare, collate, schema, share)}
+    return iter(pipeline.training_batches(parts, collate, 5, seed, threads))
 
 
 def draw(iterator, count):
     return [next(iterator) for _ in range(count)]
 
 
-def assert_equal(left, right):
-    for (left_name, a), (right_name, b) in zip(left, right, strict=True):
-        assert left_name == right_name
-        for name in a:
-            np.testing.assert_array_equal(a[name], b[name])
-
-
 @pytest.mark.parametrize("threads", [0, 2])
 def test_a_restored_iterator_goes_on_with_the_exact_next_batch(threads):
-    whole = draw(iter(pipeline.training_batches(streams(), 5, 1, threads)), 12)
-    first = iter(pipeline.training_batches(streams(), 5, 1, threads))
+    whole = draw(batches(1, threads), 12)
+    first, second = batches(1, threads), batches(1, threads)
     draw(first, 5)
-    second = iter(pipeline.training_batches(streams(), 5, 1, threads))
     second.set_state(first.get_state())
-    assert_equal(draw(second, 7), whole[5:])
+    chex.assert_trees_all_equal(draw(second, 7), whole[5:])
 
 
 def test_the_seed_decides_the_order():
-    one, same, other = (draw(iter(pipeline.training_batches(streams(), 5, seed, 0)), 4) for seed in (1, 1, 2))
-    assert_equal(one, same)
-    assert any((a["key"] != b["key"]).any() for (_, a), (_, b) in zip(one, other, strict=True))
+    one, same, other = (draw(batches(seed), 4) for seed in (1, 1, 2))
+    chex.assert_trees_all_equal(one, same)
+    assert any((a["key"] != b["key"]).any() for a, b in zip(one, other, strict=True))
 
 
 def test_every_epoch_shows_each_record_once_in_another_order():
-    parts = {
-        "pairs": streams()["pairs"].__class__(**{**vars(streams()["pairs"]), "parts": [streams()["pairs"].parts[0]]})
-    }
-    keys = np.concatenate([batch["key"] for _, batch in draw(iter(pipeline.training_batches(parts, 5, 0, 0)), 4)])
+    keys = np.concatenate([batch["key"] for batch in draw(batches(0, parts=PARTS[:1]), 4)])
     assert sorted(keys[:10]) == sorted(keys[10:]) == list(range(10))
     assert keys[:10].tolist() != keys[10:].tolist()
 
 
-def test_shares_of_sources_and_streams():
-    both = streams(0.75) | {"second": streams(0.25)["pairs"]}
-    drawn = draw(iter(pipeline.training_batches(both, 5, 0, 0)), 80)
-    assert [name for name, _ in drawn].count("second") == 20
-    keys = np.concatenate([batch["key"] for _, batch in drawn])
+def test_shares_of_rows():
+    keys = np.concatenate([batch["key"] for batch in draw(batches(0), 80)])
     assert (keys >= 100).mean() == pytest.approx(0.3, abs=0.02)
 
 

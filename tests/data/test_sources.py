@@ -75,11 +75,13 @@ def test_folder(folder):
 
 
 def test_jsonl(folder):
-    lines = [{"image": "a.png", "caption": "red"}, {"image": "b.png", "caption": "blue"}]
+    lines = [{"image": "a.png", "caption": "red"}, {"image": "b.png", "caption": "blue", "category": "colours"}]
     (folder / "data.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n\n")
     source = sources.open_source(f"jsonl:{folder}/data.jsonl")
     assert [source[i]["captions"] for i in range(len(source))] == [["red"], ["blue"]]
     assert source[0]["image"] == (folder / "a.png").read_bytes()
+    assert "category" not in source[0]
+    assert source[1]["category"] == "colours"
 
 
 @pytest.mark.parametrize(

@@ -49,11 +49,10 @@ def test_frequencies_are_smoothed_shares(caption):
 def test_language_rows(llama):
     tokenizer = LanguageTokenizer(llama)
     assert tokenizer.end == 2
-    ids, mask = tokenizer.targets([" a red square"], 12)
-    length = int(mask.sum())
-    assert ids[0, length - 1] == 2
-    assert tokenizer.decode(ids[0]) == " a red square"
-    assert tokenizer.targets([" a red square" * 9], 5)[0][0, -1] == 2
+    ids = tokenizer.encode_target(" a red square", 12)
+    assert ids[-1] == 2
+    assert tokenizer.decode(ids) == " a red square"
+    assert tokenizer.encode_target(" a red square" * 9, 5) == [*tokenizer.encode(" a red square" * 9)[:4], 2]
 
 
 def test_another_end(llama):

@@ -9,7 +9,6 @@ retrieval after stage 1; captions and questions after stage 2.
 from __future__ import annotations
 
 import argparse
-import json
 import pathlib
 import sys
 import time
@@ -18,7 +17,7 @@ from collections.abc import Mapping, Sequence
 import jax
 import numpy as np
 
-from blip2_jax import params, tasks
+from blip2_jax import files, params, tasks
 from blip2_jax.data.pipeline import Pictures
 from blip2_jax.data.sources import parse_mixture
 from blip2_jax.evaluation import attention, baselines
@@ -46,7 +45,7 @@ def measure_baselines(task: Task, test: Pictures) -> dict[str, dict]:
             np.concatenate([part.features for part in parts]),
             [caption for part in parts for caption in part.captions],
             np.concatenate([part.sentences for part in parts]),
-            [c for part in parts for c in part.categories] if all(part.categories for part in parts) else None,
+            [c for part in parts for c in part.categories or ()] if all(part.categories for part in parts) else None,
         )
         mine = known(task, test, describe)
         result[f"nearest_neighbour_{name}"] = baselines.nearest_neighbour(mine, together)
@@ -99,7 +98,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     try:
         splits, samples, looks = measure(options.checkpoint, options.data)
-        options.output.mkdir(parents=True, exist_ok=True)
         summary: dict = {"splits": splits}
         if options.seconds_setup is not None:
             summary["seconds_setup"] = options.seconds_setup
@@ -108,7 +106,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if options.started is not None:
             summary["seconds"] = time.time() - options.started
         report.write(options.output / "report.html", options.title, body)
-        (options.output / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+        files.write_json(options.output / "summary.json", summary)
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
     print(comparison.text(splits))

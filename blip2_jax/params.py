@@ -15,13 +15,13 @@ import jax
 import numpy as np
 
 Value = TypeVar("Value")
-Tree = Mapping[str, Any]
+Tree = dict[str, Any]
 Table = Sequence[tuple[str, Value]]
 
 
-def flatten(tree: Tree) -> dict[str, Any]:
+def flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
     """Nested dictionaries to {"a/b/c": leaf}, in order."""
-    flat = {}
+    flat: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, Mapping):
             flat |= {f"{key}/{path}": leaf for path, leaf in flatten(value).items()}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 import pathlib
 import signal
 import sys
@@ -16,7 +15,7 @@ import ml_collections
 import numpy as np
 import optax
 
-from blip2_jax import optimizer, params, tasks
+from blip2_jax import files, optimizer, params, tasks
 from blip2_jax.checkpoints import frozen
 from blip2_jax.checkpoints.store import Store, TrainState
 from blip2_jax.data.pipeline import check_batch, training_batches
@@ -46,14 +45,6 @@ def refuse_other_configuration(workdir: pathlib.Path, resolved: dict) -> None:
             + "\n".join(lines)
             + "\nChoose another --workdir, or give the run the settings it was started with."
         )
-
-
-def write_json(file: pathlib.Path, content: dict) -> None:
-    """Write a file whole or not at all."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f"{file.name}.partial-{os.getpid()}")
-    partial.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
-    partial.replace(file)
 
 
 def make_step(task: Task, transformation: optax.GradientTransformation):
@@ -110,7 +101,13 @@ class Run:
             file=sys.stderr,
         )
 
-        write_json(workdir / "config.json", self.resolved)
+        files.require_room(
+            workdir,
+            (config.keep_checkpoints + 1) * params.size((state.trainable, state.optimizer)),
+            "the checkpoints",
+            "make room, or choose a --workdir on another disk",
+        )
+        files.write_json(workdir / "config.json", self.resolved)
         self.store = Store(workdir / "checkpoints", config.keep_checkpoints)
         if self.store.newest is not None:
             checkpoint = workdir / "checkpoints" / str(self.store.newest)
@@ -191,13 +188,14 @@ class Run:
 
     def _evaluate(self, number: int) -> dict[str, float]:
         """Metrics of every evaluated source by path; what was found goes to samples/STEP.json and report.html."""
-        metrics, samples = {}, {}
+        metrics: dict[str, float] = {}
+        samples: dict[str, list[dict]] = {}
         with self.clock.measure("evaluate"):
             for name, pictures in self.evaluated.items():
                 values, samples[name] = self.task.evaluate(self.state.trainable, pictures)
                 metrics |= {f"eval/{name}/{path}": value for path, value in values.items()}
         if samples:
-            write_json(self.workdir / "samples" / f"{number}.json", samples)
+            files.write_json(self.workdir / "samples" / f"{number}.json", samples)
         return metrics
 
     def _save(self) -> None:

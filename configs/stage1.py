@@ -87,12 +87,13 @@ def nano() -> ConfigDict:
 def nano_long() -> ConfigDict:
     """The same parts until they converge: more views, half of the batch's rows in ITM and ITG, BERT's dropout."""
     config = nano()
-    config.total_steps = 1500
+    config.total_steps = 1200
     config.checkpoint_every = 50
     config.log_every = 10
-    config.eval_every = 250
+    config.eval_every = 200
     config.data.feature_views = 12
     config.model.dropout = 0.1
+    config.optimizer.learning_rate = 3e-4
     config.objective.itm_share = 0.5
     config.objective.itg_share = 0.5
     return config

@@ -12,7 +12,6 @@ cd "$(dirname "$0")/.."
 source launch/environment.sh
 
 began=$SECONDS
-echo "installing (log lines of pip follow only if something is wrong)"
 prepare_environment
 python -c 'from blip2_jax.checkpoints import frozen; [frozen.find(part, "nano:") for part in frozen.PARTS]'
 setup=$((SECONDS - began))

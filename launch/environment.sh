@@ -4,11 +4,12 @@
 python_at_least_3_11() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; }
 
 prepare_environment() {
-  local venv=${VENV:-.venv} extras=${1:+[$1]} candidate
+  local venv=${VENV:-.venv} extras=${1:+[$1]} quiet=--quiet candidate
   if [ ! -x "$venv/bin/python" ]; then
     for candidate in "${PYTHON:-python3}" python3.13 python3.12 python3.11; do
       if python_at_least_3_11 "$candidate"; then
         "$candidate" -m venv "$venv"
+        quiet=  # The first installation takes long enough to be watched.
         break
       fi
     done
@@ -17,6 +18,6 @@ prepare_environment() {
       return 1
     fi
   fi
-  "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --editable ".$extras"
+  "$venv/bin/python" -m pip install $quiet --disable-pip-version-check --editable ".$extras"
   PATH=$(cd "$venv/bin" && pwd):$PATH
 }

@@ -21,7 +21,7 @@ class Directory:
         files = sorted(self.path.glob("*.safetensors"))
         if not files:
             raise FileNotFoundError(f"{self.path}: no *.safetensors file")
-        self._files = {}
+        self._files: dict[str, Any] = {}
         for file in files:
             try:
                 handle = safe_open(file, framework="numpy")

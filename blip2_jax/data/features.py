@@ -12,12 +12,12 @@ import hashlib
 import json
 import os
 import pathlib
-import shutil
 from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 
+from blip2_jax import files
 from blip2_jax.data import images
 from blip2_jax.data.sources import Source
 from blip2_jax.monitoring.progress import progress
@@ -100,13 +100,9 @@ def compute(
 
 
 def _write(file, size, source, view, encode, shape, label) -> None:
+    mend = "make room, set BLIP2_JAX_CACHE to another disk, or lower data.feature_views"
+    files.require_room(file.parent, size, "the image features", mend)
     file.parent.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(file.parent).free
-    if free < size + 2**27:
-        raise OSError(
-            f"no room for the image features: {file.parent} has {free / 1e9:.1f} GB free, {size / 1e9:.1f} GB are "
-            "needed; make room, set BLIP2_JAX_CACHE to another disk, or lower data.feature_views"
-        )
     partial = file.with_name(f"{file.name}.partial-{os.getpid()}")
     views, records = shape[:2]
     try:

@@ -17,8 +17,8 @@ import numpy as np
 from blip2_jax.data.features import FeatureTable, View
 from blip2_jax.data.sources import Record, Source, identify
 
-Batch = dict[str, np.ndarray]
-Schema = Mapping[str, jax.ShapeDtypeStruct]
+Batch = dict[str, Any]  # Arrays by field: of numpy on the host, of jax in a step.
+Schema = dict[str, jax.ShapeDtypeStruct]
 
 
 @dataclasses.dataclass(frozen=True)

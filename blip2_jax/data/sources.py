@@ -16,7 +16,7 @@ import glob
 import hashlib
 import json
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import msgpack
@@ -142,7 +142,12 @@ def _nano(split: str) -> ArrayRecords:
     return ArrayRecords(str(file))
 
 
-_KINDS = {"nano": _nano, "arrayrecord": ArrayRecords, "folder": _folder, "jsonl": _jsonl}
+_KINDS: dict[str, Callable[[str], Source]] = {
+    "nano": _nano,
+    "arrayrecord": ArrayRecords,
+    "folder": _folder,
+    "jsonl": _jsonl,
+}
 
 
 def open_source(name: str) -> Source:

@@ -45,7 +45,7 @@ def cider_d(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> 
     single picture is 0.
     """
     reference_grams = [[_ngrams(tokenize(r)) for r in rs] for rs in references]
-    documents = defaultdict(int)
+    documents: dict[tuple[str, ...], int] = defaultdict(int)
     for grams in reference_grams:
         for gram in set().union(*grams):
             documents[gram] += 1

@@ -13,7 +13,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from blip2_jax.models.qformer import KeyValue, QFormer, QFormerCache, QFormerConfig
+from blip2_jax.models.layers import KeyValue
+from blip2_jax.models.qformer import QFormer, QFormerCache, QFormerConfig
 
 
 @dataclasses.dataclass(frozen=True)

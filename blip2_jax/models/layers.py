@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
+
+
+class KeyValue(NamedTuple):
+    """Attention keys and values, float[..., B, S, H, d] each."""
+
+    key: jax.Array
+    value: jax.Array
 
 
 def attention_weights(query: jax.Array, key: jax.Array, mask: jax.Array | None = None) -> jax.Array:

@@ -14,7 +14,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from blip2_jax.models.layers import attention_weights, causal_mask, dot_product_attention
+from blip2_jax.models.layers import KeyValue, attention_weights, causal_mask, dot_product_attention
 
 _initializer = nn.initializers.normal(0.02)
 
@@ -92,13 +92,6 @@ def attention_mask(pattern: AttentionPattern, queries: int, text_mask: jax.Array
     seen = jnp.block([[jnp.ones((queries, queries)), query_to_text], [text_to_query, text_to_text]]).astype(bool)
     present = jnp.concatenate([jnp.ones((batch, queries), bool), text_mask.astype(bool)], axis=1)
     return seen[None, None] & present[:, None, None, :]
-
-
-class KeyValue(NamedTuple):
-    """Attention keys and values, float[..., B, S, H, d] each."""
-
-    key: jax.Array
-    value: jax.Array
 
 
 class SelfAttention(nn.Module):

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import pathlib
 from typing import Any
 
 from tensorboardX import SummaryWriter
+
+from blip2_jax import files
 
 
 class MetricsWriter:
@@ -18,9 +19,7 @@ class MetricsWriter:
         """Open WORKDIR/metrics.jsonl and cut off the rows after step `resumed_at`."""
         self._file = workdir / "metrics.jsonl"
         rows = [row for row in read_metrics(self._file) if row["step"] <= resumed_at]
-        partial = self._file.with_name(f"{self._file.name}.partial-{os.getpid()}")
-        partial.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        partial.replace(self._file)
+        files.write_text(self._file, "".join(json.dumps(row) + "\n" for row in rows))
         self._stream = self._file.open("a")
         self._events = SummaryWriter(str(workdir / "tensorboard"), purge_step=resumed_at + 1)
 

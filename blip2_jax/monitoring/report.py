@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from blip2_jax import files
 from blip2_jax.data.sources import open_source
 from blip2_jax.monitoring.metrics import read_metrics
 
@@ -214,9 +215,7 @@ def page(title: str, body: str) -> str:
 
 def write(file: pathlib.Path, title: str, body: str) -> None:
     """Write a page, whole or not at all."""
-    partial = file.with_name(f"{file.name}.partial")
-    partial.write_text(page(title, body))
-    partial.replace(file)
+    files.write_text(file, page(title, body))
 
 
 def write_run(workdir: pathlib.Path) -> None:

@@ -15,7 +15,8 @@ from blip2_jax.data.sources import identify, parse_mixture
 from blip2_jax.data.text import CaptionTokenizer, clean_caption, log_frequencies
 from blip2_jax.evaluation import retrieval
 from blip2_jax.models.blip2 import ImageTextModel
-from blip2_jax.models.qformer import KeyValue, QFormerCache
+from blip2_jax.models.layers import KeyValue
+from blip2_jax.models.qformer import QFormerCache
 from blip2_jax.objectives import contrastive, diversity, language_modeling, matching
 from blip2_jax.tasks.common import Metrics, Task
 

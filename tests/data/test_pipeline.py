@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from blip2_jax import files
 from blip2_jax.data import features, images, pipeline
 from blip2_jax.data.features import View
 from blip2_jax.data.pipeline import Pictures
@@ -175,6 +176,6 @@ def test_a_failure_leaves_nothing_half_written(tmp_path):
 
 
 def test_a_full_disk_is_known_before(tmp_path, monkeypatch):
-    monkeypatch.setattr(features.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000})())
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000})())
     with pytest.raises(OSError, match=r"no room for the image features.*BLIP2_JAX_CACHE"):
         compute(tmp_path)

@@ -12,8 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from blip2_jax.models.layers import dot_product_attention
-from blip2_jax.models.qformer import KeyValue
+from blip2_jax.models.layers import KeyValue, dot_product_attention
 
 
 @dataclasses.dataclass(frozen=True)

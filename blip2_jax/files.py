@@ -1,0 +1,35 @@
+"""Files that are written whole or not at all, and room for them."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import shutil
+from typing import Any
+
+
+def write_text(file: pathlib.Path, text: str) -> None:
+    """Put a file in the place of an older one in a single step; its folder is made if need be."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_name(f"{file.name}.partial-{os.getpid()}")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(file)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_json(file: pathlib.Path, content: Any) -> None:
+    """`write_text` of indented JSON with sorted keys."""
+    write_text(file, json.dumps(content, indent=1, sort_keys=True) + "\n")
+
+
+def require_room(directory: pathlib.Path, size: int, what: str, mend: str) -> None:
+    """Raise OSError if the disk under `directory` has no room for `size` bytes of `what`; `mend` says what helps."""
+    existing = next(folder for folder in (directory, *directory.absolute().parents) if folder.exists())
+    free = shutil.disk_usage(existing).free
+    if free < size:
+        raise OSError(
+            f"no room for {what}: {directory} has {free / 1e9:.2f} GB free, {size / 1e9:.2f} GB are needed; {mend}"
+        )

@@ -1,0 +1,33 @@
+"""Files appear whole or not at all."""
+
+import pytest
+
+from blip2_jax import files
+
+
+def test_written_whole(tmp_path):
+    file = tmp_path / "new" / "file.json"
+    files.write_json(file, {"b": 1, "a": "ü"})
+    assert file.read_text() == '{\n "a": "\\u00fc",\n "b": 1\n}\n'
+    assert [f.name for f in file.parent.iterdir()] == ["file.json"]
+
+
+def test_a_failure_leaves_the_older_file(tmp_path, monkeypatch):
+    file = tmp_path / "file.txt"
+    file.write_text("old")
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(files.pathlib.Path, "replace", full)
+    with pytest.raises(OSError, match="No space left"):
+        files.write_text(file, "new")
+    assert file.read_text() == "old"
+    assert [f.name for f in tmp_path.iterdir()] == ["file.txt"]
+
+
+def test_room_is_asked_of_the_disk_that_will_be_written(tmp_path):
+    files.require_room(tmp_path / "not" / "there" / "yet", 1, "a byte", "")
+    with pytest.raises(OSError, match=r"no room for a mountain: .*yet has .* GB free, .* are needed; climb"):
+        files.require_room(tmp_path / "yet", 10**18, "a mountain", "climb")
+    assert not list(tmp_path.iterdir())

@@ -26,58 +26,47 @@ from blip2_jax.monitoring.metrics import read_metrics
 from blip2_jax.tasks.common import Task
 
 
-def known(task: Task, pictures: Pictures, describe) -> baselines.Known:
-    """All pictures of a source as the baselines see them; `describe` turns image tokens into one vector a picture."""
-    examples = [pictures.example(index) for index in range(len(pictures.source))]
-    captions = [example["caption"] for example in examples]
-    categories = [example["category"] for example in examples] if "category" in examples[0] else None
-    features = describe(np.stack([example["image_embeds"] for example in examples]))
-    return baselines.Known(features, captions, task.sentence_embeddings(captions), categories)
-
-
-def measure_baselines(task: Task, test: Pictures) -> dict[str, dict]:
-    """Every baseline on `test`, with the training pictures of the task's configuration as what is known."""
-    train = [task.pictures(name, training=False) for name, _ in parse_mixture(task.config.data.train)]
-    result = {}
-    for name, describe in (("pooled", baselines.pooled), ("by_token", baselines.flattened)):
-        parts = [known(task, pictures, describe) for pictures in train]
-        together = baselines.Known(
-            np.concatenate([part.features for part in parts]),
-            [caption for part in parts for caption in part.captions],
-            np.concatenate([part.sentences for part in parts]),
-            [c for part in parts for c in part.categories or ()] if all(part.categories for part in parts) else None,
-        )
-        mine = known(task, test, describe)
-        result[f"nearest_neighbour_{name}"] = baselines.nearest_neighbour(mine, together)
-    result["chance"] = baselines.chance(mine.captions)
-    if mine.categories and together.categories:
-        result["majority"] = baselines.majority(mine.categories, together.categories)
+def known(task: Task, sources: Sequence[Pictures]) -> list[baselines.Known]:
+    """Each source as the baselines see it."""
+    examples = [[pictures.example(index) for index in range(len(pictures.source))] for pictures in sources]
+    captions = [[example["caption"] for example in found] for found in examples]
+    sentences = task.sentence_embeddings([caption for found in captions for caption in found])
+    parts = np.split(sentences, np.cumsum([len(found) for found in captions])[:-1])
+    result = []
+    for found, texts, vectors in zip(examples, captions, parts, strict=True):
+        embeds = np.stack([example["image_embeds"] for example in found])
+        features = {name: describe(embeds) for name, describe in baselines.DESCRIPTIONS.items()}
+        categories = [example["category"] for example in found] if "category" in found[0] else None
+        result.append(baselines.Known(features, texts, vectors, categories))
     return result
 
 
+def measure_baselines(task: Task, tests: Sequence[Pictures]) -> list[dict[str, dict]]:
+    """Every baseline on each of `tests`, with the training pictures of the task's configuration as what is known."""
+    train = [task.pictures(name, training=False) for name, _ in parse_mixture(task.config.data.train)]
+    found = known(task, [*train, *tests])
+    together = baselines.join(found[: len(train)])
+    return [baselines.measure(test, together) for test in found[len(train) :]]
+
+
 def measure(
-    checkpoints: Sequence[str], data: Sequence[str], with_baselines: bool = True
+    checkpoints: Sequence[str], data: Sequence[str]
 ) -> tuple[dict[str, dict], dict[str, list], dict[str, list]]:
     """Metrics by split, samples by source, and by stage the attention over pictures of the first source."""
     splits: dict[str, dict] = {}
     samples: dict[str, list] = {name: [] for name in data}
     looks: dict[str, list] = {}
-    for number, path in enumerate(checkpoints):
+    for path in checkpoints:
         task, trainable = tasks.load_trained(path)
-        for name in data:
-            pictures = task.pictures(name, training=False)
-            split = splits.setdefault(name.partition(":")[2], {})
-            if with_baselines and number == 0:
-                split["baselines"] = measure_baselines(task, pictures)
-            metrics, found = task.evaluate(trainable, pictures)
-            for metric, value in params.flatten(params.unflatten(metrics)).items():
-                *parents, leaf = metric.split("/")
-                node = split
-                for parent in parents:
-                    node = node.setdefault(parent, {})
-                node[leaf] = value
+        pictures = [task.pictures(name, training=False) for name in data]
+        if not splits:
+            measured = measure_baselines(task, pictures)
+            splits = {name.partition(":")[2]: {"baselines": m} for name, m in zip(data, measured, strict=True)}
+        for name, split, source in zip(data, splits.values(), pictures, strict=True):
+            metrics, found = task.evaluate(trainable, source)
+            split |= params.unflatten(metrics)
             samples[name] += found
-        looks[task.name] = attention.samples(task, trainable, task.pictures(data[0], training=False))
+        looks[task.name] = attention.samples(task, trainable, pictures[0])
         jax.clear_caches()
     for split in splits.values():
         if "caption" in split:

@@ -19,10 +19,10 @@ def nano() -> ConfigDict:
     config = ConfigDict()
     config.task = "stage1"
     config.seed = 0
-    config.total_steps = 120
+    config.total_steps = 150
     config.batch_size = 128
     config.log_every = 5
-    config.checkpoint_every = 40
+    config.checkpoint_every = 50
     config.keep_checkpoints = 2
     config.eval_every = 0  # Only at the end.
     config.mesh = "data=-1,fsdp=1,tensor=1"
@@ -40,7 +40,7 @@ def nano() -> ConfigDict:
     config.data.view_seed = 0
     config.data.min_crop_scale = 0.5
     config.data.flip = False  # Captions say left and right.
-    config.data.max_text_tokens = 10
+    config.data.max_text_tokens = 8
     config.data.lower_case = True
     config.data.threads = 2
 
@@ -60,8 +60,8 @@ def nano() -> ConfigDict:
     config.objective.itc = 1.0
     config.objective.itm = 1.0
     config.objective.itg = 1.0
-    config.objective.itm_share = 0.25  # Of the batch's rows, to save time.
-    config.objective.itg_share = 0.375
+    config.objective.itm_share = 0.125  # Of the batch's rows, to save time.
+    config.objective.itg_share = 0.25
     config.objective.label_smoothing = 0.1
     # A language head that BERT does not bring starts from the token frequencies of so many captions; 0: from zeros.
     config.objective.itg_prior = 4096
@@ -80,7 +80,7 @@ def nano() -> ConfigDict:
 
     config.evaluation = ConfigDict()
     config.evaluation.batch_size = 64
-    config.evaluation.rerank = 8  # Candidates of each query that ITM judges again; 0: none.
+    config.evaluation.rerank = 4  # Candidates of each query that ITM judges again; 0: none.
     return config
 
 
@@ -92,8 +92,10 @@ def nano_long() -> ConfigDict:
     config.log_every = 10
     config.eval_every = 200
     config.data.feature_views = 12
+    config.data.max_text_tokens = 12
     config.model.dropout = 0.1
     config.optimizer.learning_rate = 3e-4
     config.objective.itm_share = 0.5
     config.objective.itg_share = 0.5
+    config.evaluation.rerank = 16
     return config

@@ -19,16 +19,26 @@ class Known(NamedTuple):
     """A set of pictures with all that the baselines look at.
 
     Attributes:
-      features: float[N, F], of unit length, from the image encoder.
+      features: float[N, F] of unit length from the image encoder, by the name of the description.
       captions: N texts.
-      sentences: float[N, D], of unit length, from BERT.
+      sentences: float[N, D] of unit length, from BERT.
       categories: N labels, or None.
     """
 
-    features: np.ndarray
+    features: dict[str, np.ndarray]
     captions: list[str]
     sentences: np.ndarray
     categories: list[str] | None
+
+
+def join(parts: Sequence[Known]) -> Known:
+    """Several sets as one; it has categories if all of them have."""
+    return Known(
+        {name: np.concatenate([part.features[name] for part in parts]) for name in parts[0].features},
+        [caption for part in parts for caption in part.captions],
+        np.concatenate([part.sentences for part in parts]),
+        [c for part in parts for c in part.categories or ()] if all(part.categories for part in parts) else None,
+    )
 
 
 def pooled(image_embeds: np.ndarray) -> np.ndarray:
@@ -46,9 +56,13 @@ def unit(x: np.ndarray) -> np.ndarray:
     return x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
 
 
-def nearest_neighbour(test: Known, train: Known) -> dict:
+DESCRIPTIONS = {"pooled": pooled, "by_token": flattened}
+
+
+def nearest_neighbour(test: Known, train: Known, description: str) -> dict:
     """Copied captions and categories, and retrieval by way of the training pictures."""
-    nearest = (test.features @ train.features.T).argmax(1)
+    ours, theirs = test.features[description], train.features[description]
+    nearest = (ours @ theirs.T).argmax(1)
     copied = [train.captions[index] for index in nearest]
     result: dict = {"caption": captioning.score(copied, [[caption] for caption in test.captions])}
     if test.categories and train.categories:
@@ -56,7 +70,7 @@ def nearest_neighbour(test: Known, train: Known) -> dict:
         result["question"] = {"accuracy": float(np.mean(right))}
     gallery = retrieval.gallery(test.captions)
     like = (test.sentences[gallery.first] @ train.sentences.T).argmax(1)
-    scores = test.features @ train.features[like].T
+    scores = ours @ theirs[like].T
     result["retrieval"] = retrieval.both_directions(scores, gallery.relevant)
     return result
 
@@ -70,3 +84,12 @@ def majority(categories: Sequence[str], train_categories: Sequence[str]) -> dict
 def chance(captions: Sequence[str]) -> dict:
     """Retrieval in random order."""
     return {"retrieval": retrieval.chance(retrieval.gallery(list(captions)).relevant)}
+
+
+def measure(test: Known, train: Known) -> dict[str, dict]:
+    """Every baseline of this file, by name."""
+    result = {f"nearest_neighbour_{name}": nearest_neighbour(test, train, name) for name in DESCRIPTIONS}
+    result["chance"] = chance(test.captions)
+    if test.categories and train.categories:
+        result["majority"] = majority(test.categories, train.categories)
+    return result

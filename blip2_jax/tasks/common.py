@@ -187,6 +187,7 @@ class Task(abc.ABC):
         config = self.blip2.qformer
         qformer, tokenizer = QFormer(config), CaptionTokenizer(self.parts["bert"].directory.path)
         ids, mask = tokenizer([clean_caption(text) for text in texts], min(32, config.max_positions))
+        ids, mask = ids[:, : mask.sum(1).max()], mask[:, : mask.sum(1).max()]
         fresh = jax.jit(lambda key: qformer.init(key, ids[:1], mask[:1], method="encode_text"))(jax.random.key(0))[
             "params"
         ]

@@ -63,9 +63,9 @@ def test_reranking_moves_the_judged_before_the_others(rng, top):
 
 
 def test_the_nearest_neighbour_copies_and_retrieves():
-    train = baselines.Known(np.eye(3), ["cat", "dog", "sun"], np.eye(3), ["animals", "animals", "nature"])
-    test = baselines.Known(np.eye(3)[[2, 0]], ["sun", "kitten"], np.eye(3)[[2, 0]], ["nature", "animals"])
-    found = baselines.nearest_neighbour(test, train)
+    train = baselines.Known({"pooled": np.eye(3)}, ["cat", "dog", "sun"], np.eye(3), ["animals", "animals", "nature"])
+    test = baselines.Known({"pooled": np.eye(3)[[2, 0]]}, ["sun", "kitten"], np.eye(3)[[2, 0]], ["nature", "animals"])
+    found = baselines.nearest_neighbour(test, train, "pooled")
     assert found["caption"]["exact_match"] == 0.5
     assert found["question"]["accuracy"] == 1
     assert found["retrieval"]["text_to_image"]["r1"] == 1

@@ -41,6 +41,9 @@ def nano() -> ConfigDict:
     config.data.view_seed = 0
     config.data.min_crop_scale = 0.5
     config.data.flip = False
+    # Stands before the soft prompt. Language models park attention on the first token, which must be one they know:
+    # without it the first query takes that place, and training is slow and unstable. "": nothing.
+    config.data.begin = "<|endoftext|>"
     config.data.prompt = "A drawing of"
     # What ends a text: as in the paper's OPT models; "" is the model's own token, which it hardly expects here.
     config.data.end = "\n"

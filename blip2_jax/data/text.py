@@ -71,24 +71,30 @@ class LanguageTokenizer:
     """The language model's own tokenizer.
 
     Attributes:
+      begin: the tokens before everything, one or none.
       end: the token that ends a text.
       padding: the token that fills rows up; never looked at.
     """
 
-    def __init__(self, directory: pathlib.Path, end: str = ""):
+    def __init__(self, directory: pathlib.Path, begin: str = "", end: str = ""):
         """Read the tokenizer of a model's directory.
 
         Args:
           directory: with tokenizer.json and config.json.
+          begin: what stands before everything: one token, or "" for nothing.
           end: what ends a text: one token, such as "\\n", or "" for the model's own end-of-text token.
         """
         self._tokenizer = _load(directory)
         config = json.loads((directory / "config.json").read_text())
-        ends = self.encode(end) if end else [config["eos_token_id"]]
-        if len(ends) != 1:
-            raise ValueError(f"data.end = {end!r} is {len(ends)} tokens of this language model; it must be one")
-        self.end = ends[0]
+        self.begin = [self._token("begin", begin)] if begin else []
+        self.end = self._token("end", end) if end else config["eos_token_id"]
         self.padding = config.get("pad_token_id") or config["eos_token_id"]
+
+    def _token(self, name: str, text: str) -> int:
+        ids = self.encode(text)
+        if len(ids) != 1:
+            raise ValueError(f"data.{name} = {text!r} is {len(ids)} tokens of this language model; it must be one")
+        return ids[0]
 
     def encode(self, text: str) -> list[int]:
         """Token ids without special tokens."""

@@ -30,7 +30,7 @@ class Stage2(Task):
         super().__init__(config)
         self.parts["llm"] = frozen.find("llm", config.llm)
         self.language_model, self._language = frozen.load_language_model(self.parts["llm"], self.dtype)
-        self.tokenizer = LanguageTokenizer(self.parts["llm"].directory.path, config.data.end)
+        self.tokenizer = LanguageTokenizer(self.parts["llm"].directory.path, config.data.begin, config.data.end)
         self.model = SoftPromptModel(self.blip2, self.language_model.config.width)
         self._soft_prompt = jax.jit(self.soft_prompt)
         self._loss_sum = jax.jit(self._language_loss)
@@ -105,17 +105,23 @@ class Stage2(Task):
         embeds = image_embeds.astype(jnp.float32)
         return self.model.apply({"params": trainable}, embeds, deterministic=dropout_key is None, rngs=rngs)
 
+    def _prefix(self, language: params.Tree, soft_prompt: jax.Array) -> jax.Array:
+        """The beginning of a text as the language model knows it, then the soft prompt: float[B, N + Q, D]."""
+        begin = jnp.tile(jnp.asarray(self.tokenizer.begin, jnp.int32), (len(soft_prompt), 1))
+        embeds = self.language_model.apply({"params": language}, begin, method="embed")
+        return jnp.concatenate([embeds, soft_prompt.astype(embeds.dtype)], axis=1)
+
     def _language_loss(self, language: params.Tree, soft_prompt: jax.Array, row: Row) -> tuple[jax.Array, jax.Array]:
         """Sum of the losses of the target tokens behind the soft prompt, and their number."""
-        queries = soft_prompt.shape[1]
         model = self.language_model.bind({"params": language})
-        embeds = jnp.concatenate([soft_prompt, model.embed(row.ids)], axis=1)
+        prefix = self._prefix(language, soft_prompt)
+        embeds = jnp.concatenate([prefix, model.embed(row.ids)], axis=1)
         batch, length = embeds.shape[:2]
         # Padding stands at the end, where causality already hides it.
         positions = jnp.broadcast_to(jnp.arange(length), (batch, length))
         hidden, _ = model(embeds, positions, causal_mask(length))
         # The last query predicts the first token.
-        features = hidden[:, queries - 1 : -1]
+        features = hidden[:, prefix.shape[1] - 1 : -1]
         return language_modeling_loss(features, model.head(), None, row.ids, row.is_target, frozen_head=True)
 
     def loss(self, trainable, frozen, batch, key) -> tuple[jax.Array, Metrics]:
@@ -135,8 +141,9 @@ class Stage2(Task):
 
     def _greedy(self, language, soft_prompt, prompt_ids, prompt_mask, max_new_tokens: int):
         embeds = self.language_model.apply({"params": language}, prompt_ids, method="embed")
-        prefix = jnp.concatenate([soft_prompt.astype(embeds.dtype), embeds], axis=1)
-        present = jnp.concatenate([jnp.ones(soft_prompt.shape[:2], bool), prompt_mask], axis=1)
+        image = self._prefix(language, soft_prompt)
+        prefix = jnp.concatenate([image, embeds], axis=1)
+        present = jnp.concatenate([jnp.ones(image.shape[:2], bool), prompt_mask], axis=1)
         return decoding.greedy(
             self.language_model,
             language,

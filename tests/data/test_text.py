@@ -48,7 +48,8 @@ def test_frequencies_are_smoothed_shares(caption):
 
 def test_language_rows(llama):
     tokenizer = LanguageTokenizer(llama)
-    assert tokenizer.end == 2
+    assert (tokenizer.begin, tokenizer.end) == ([], 2)
+    assert LanguageTokenizer(llama, begin="<|endoftext|>").begin == [0]
     ids = tokenizer.encode_target(" a red square", 12)
     assert ids[-1] == 2
     assert tokenizer.decode(ids) == " a red square"
@@ -56,11 +57,11 @@ def test_language_rows(llama):
 
 
 def test_another_end(llama):
-    tokenizer = LanguageTokenizer(llama, "\n")
+    tokenizer = LanguageTokenizer(llama, end="\n")
     assert tokenizer.encode("\n") == [tokenizer.end]
     assert tokenizer.decode([*tokenizer.encode(" a red"), tokenizer.end, *tokenizer.encode(" blue")]) == " a red"
     with pytest.raises(ValueError, match="it must be one"):
-        LanguageTokenizer(llama, "zq")
+        LanguageTokenizer(llama, end="zq")
 
 
 def test_a_prompt_is_never_cut(llama):

@@ -167,7 +167,9 @@ def examples(samples: Mapping[str, Sequence[Mapping[str, Any]]], shown: int = 40
     for name, found in samples.items():
         kinds = {sample["kind"] for sample in found}
         if "text_to_image" in kinds:
-            parts.append(f"<h3>Retrieval on {html.escape(name)}</h3>" + _retrieval(name, found, images, shown // 5))
+            parts.append(
+                f"<h3>Retrieval on {html.escape(name)}, by ITC</h3>" + _retrieval(name, found, images, shown // 5)
+            )
         if "caption" in kinds:
             title = f"<h3>Captions of {html.escape(name)}</h3><p><small>black: true; below: generated</small></p>"
             parts.append(title + _captions(name, found, images, shown))

@@ -196,7 +196,6 @@ class Stage1(Task):
         scores = np.einsum("iqe,te->itq", features, text_features).max(-1)
         recalls = {"itc": retrieval.both_directions(scores, gallery.relevant)}
         top = self.config.evaluation.rerank
-        image_scores, text_scores = scores, scores.T
         if top and self.config.objective.itm:
             match = lambda i, t: np.asarray(self._match_logits(trainable, embeds[i], ids[t], mask[t]))
             image_scores = retrieval.rerank(scores, match, top, size, "ITM, captions of an image")
@@ -204,7 +203,7 @@ class Stage1(Task):
             recalls["itm"] = retrieval.both_directions(image_scores, gallery.relevant, text_scores)
         metrics = {f"retrieval/{path}": value for path, value in params.flatten(recalls).items()}
         keys = [example["key"] for example in examples]
-        return metrics, _retrieval_samples(keys, captions, gallery, scores, image_scores, text_scores)
+        return metrics, _retrieval_samples(keys, captions, gallery, scores)
 
     def _evaluation_collate(self, examples: Sequence[dict]) -> Batch:
         return self.collate([self.prepare(example, None) for example in examples])
@@ -219,16 +218,16 @@ class Stage1(Task):
         return np.concatenate(features)
 
 
-def _retrieval_samples(keys, captions, gallery, itc, itm_images, itm_texts, shown: int = 5) -> list[dict]:
-    """For each caption the pictures found first, for each picture the captions, as the report shows them."""
+def _retrieval_samples(keys, captions, gallery, scores, shown: int = 5) -> list[dict]:
+    """For each caption the pictures that ITC finds first, for each picture the captions, as the report shows them."""
     samples = []
-    for text, order in enumerate(retrieval.ranking(itm_texts)[:, :shown]):
+    for text, order in enumerate(retrieval.ranking(scores.T)[:, :shown]):
         found = [keys[image] for image in order]
         right = [bool(gallery.relevant[image, text]) for image in order]
         samples.append({"kind": "text_to_image", "text": gallery.texts[text], "found": found, "right": right})
-    for image, order in enumerate(retrieval.ranking(itm_images)[:, :shown]):
+    for image, order in enumerate(retrieval.ranking(scores)[:, :shown]):
         found = [gallery.texts[text] for text in order]
         right = [bool(gallery.relevant[image, text]) for text in order]
         sample = {"kind": "image_to_text", "key": keys[image], "text": captions[image]}
-        samples.append(sample | {"found": found, "right": right, "similarity": float(itc[image].max())})
+        samples.append(sample | {"found": found, "right": right, "similarity": float(scores[image].max())})
     return samples

@@ -130,8 +130,7 @@ class Stage2(Task):
         row = self._row(batch)
         row = row._replace(is_target=row.is_target & batch["example_mask"][:, None])
         loss, tokens = self._language_loss(frozen["language"], soft_prompt, row)
-        loss = loss / jnp.maximum(tokens, 1.0)
-        return loss, {"loss_lm": loss}
+        return loss / jnp.maximum(tokens, 1.0), {}
 
     def _row(self, batch: Batch) -> Row:
         prompt, target = ((batch[f"{name}_ids"], batch[f"{name}_mask"]) for name in ("prompt", "target"))

@@ -18,7 +18,7 @@ def nano() -> ConfigDict:
     config = ConfigDict()
     config.task = "stage2"
     config.seed = 0
-    config.total_steps = 180
+    config.total_steps = 170
     config.batch_size = 32
     config.log_every = 5
     config.checkpoint_every = 60
@@ -66,7 +66,7 @@ def nano() -> ConfigDict:
     config.model.unroll = 3
 
     config.optimizer = ConfigDict()
-    config.optimizer.learning_rate = 5e-4
+    config.optimizer.learning_rate = 2.5e-4
     config.optimizer.fresh_multiplier = 4.0
     config.optimizer.warmup = 0.1
     config.optimizer.final_share = 0.05
@@ -91,5 +91,5 @@ def nano_long() -> ConfigDict:
     config.eval_every = 500
     config.data.feature_views = 12
     config.model.dropout = 0.1
-    config.optimizer.learning_rate = 2.5e-4
+    config.optimizer.learning_rate = 1.5e-4
     return config

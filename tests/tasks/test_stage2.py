@@ -1,0 +1,62 @@
+"""Stage 2 in one piece: its loss and its texts against a plain rendering, row by row, without padding or cache."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from blip2_jax import tasks
+from blip2_jax.models.layers import causal_mask
+from tests import tiny
+
+pytestmark = pytest.mark.usefixtures("own_cache")
+TEXTS = ["a red square", "a blue circle of a", "a"]
+
+
+@pytest.fixture(scope="module", params=["<|endoftext|>", ""], ids=["begin", "no begin"])
+def stage2(request, folder):
+    config = tiny.recipe("stage2", folder, init="scratch", batch_size=3, **{"data.begin": request.param})
+    task = tasks.create(config)
+    trainable = task.initialize(jax.random.key(0))
+    embeds = jax.random.normal(jax.random.key(1), (3, task.blip2.image_tokens, task.encoder.width))
+    return task, trainable, embeds
+
+
+def plain_logits(task, soft_prompt, ids):
+    """float[T, V] of one row: begin, soft prompt, tokens."""
+    model = task.language_model.bind({"params": task.frozen["language"]})
+    begin = model.embed(jnp.asarray([task.tokenizer.begin], jnp.int32))
+    row = jnp.concatenate([begin, soft_prompt[None], model.embed(jnp.asarray([ids], jnp.int32))], axis=1)
+    length = row.shape[1]
+    hidden, _ = model(row, jnp.arange(length)[None], causal_mask(length))
+    return (hidden @ model.head().T)[0, begin.shape[1] + soft_prompt.shape[0] - 1 :]
+
+
+def test_the_loss_is_that_of_the_targets_behind_image_and_prompt(stage2):
+    task, trainable, embeds = stage2
+    examples = [
+        {"caption": text, "key": str(i), "image_embeds": np.asarray(embeds[i]), "image_id": np.zeros(2, np.uint32)}
+        for i, text in enumerate(TEXTS)
+    ]
+    batch = task.collate([task.prepare_caption(example) for example in examples])
+    found, _ = task.loss(trainable, task.frozen, batch, jax.random.key(0))
+
+    soft_prompt, losses = task.soft_prompt(trainable, embeds), []
+    prompt = task.tokenizer.encode(task.config.data.prompt)
+    for row, text in enumerate(TEXTS):
+        target = task.tokenizer.encode_target(" " + text, task.config.data.max_text_tokens)
+        log_probability = jax.nn.log_softmax(plain_logits(task, soft_prompt[row], [*prompt, *target]))
+        # The logits of position t are for token t: the first are those of the last query.
+        losses += [-log_probability[len(prompt) + i, token] for i, token in enumerate(target)]
+    np.testing.assert_allclose(found, np.mean(losses), rtol=1e-5)
+
+
+def test_the_text_is_the_likeliest_token_after_another(stage2):
+    task, trainable, embeds = stage2
+    soft_prompt = np.asarray(task.soft_prompt(trainable, embeds))
+    prompts = ["A drawing of", "Question: category? Answer:", ""]
+    for row, (prompt, text) in enumerate(zip(prompts, task.generate(soft_prompt, prompts, 5), strict=True)):
+        ids = task.tokenizer.encode(prompt)
+        for _ in range(5):
+            ids.append(int(plain_logits(task, soft_prompt[row], ids)[-1].argmax()))
+        assert task.tokenizer.decode(ids[len(ids) - 5 :]).strip() == text

@@ -42,15 +42,17 @@ def baseline(value: float | None) -> str:
 
 
 def seeds(folders: Sequence[pathlib.Path], split: str) -> str:
-    """Mean, smallest and largest of several runs beside the baselines; bold where the mean is above all of them."""
+    """Several runs (mean, smallest, largest) or one, beside the baselines; bold where it is above all of them."""
     runs = [numbers(folder, split) for folder in folders]
-    table = [[split, "mean", "from ... to", "chance", "majority", "nearest, pooled", "nearest, by token"]]
+    several = ["mean", "from ... to"] if len(runs) > 1 else ["trained"]
+    table = [[split, *several, "chance", "majority", "nearest, pooled", "nearest, by token"]]
     for label, row in runs[0].items():
         values = [run[label].value for run in runs]
         mean = float(np.mean(values))
         known = [b for b in row.baselines if b is not None]
         shown = f"**{mean:.3f}**" if known and mean >= max(known) else f"{mean:.3f}"
-        table.append([label, shown, f"{min(values):.3f} ... {max(values):.3f}", *map(baseline, row.baselines)])
+        spread = [f"{min(values):.3f} ... {max(values):.3f}"] if len(runs) > 1 else []
+        table.append([label, shown, *spread, *map(baseline, row.baselines)])
     return markdown(table)
 
 

@@ -25,6 +25,13 @@ def rng() -> np.random.Generator:
     return np.random.default_rng(0)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def forget_compiled_programs():
+    """Hundreds of small programs would fill the memory."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory):
     """Where tiny models, pictures and finished runs of this session are."""

@@ -1,5 +1,7 @@
 """The Q-Former: who sees whom, and that the passes agree with each other."""
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -49,7 +51,17 @@ def every_pass(model, image_embeds, ids, mask):
     }
 
 
-@pytest.fixture(params=[(4, 2), (3, 2), (5, 3), (1, 2)], ids=lambda layers: f"{layers[0]}layers_cross_every{layers[1]}")
+@functools.cache
+def passes(config):
+    """Every pass of a configuration, compiled once."""
+    return jax.jit(functools.partial(QFormer(config).apply, method=every_pass))
+
+
+@pytest.fixture(
+    scope="module",
+    params=[(4, 2), (3, 2), (5, 3), (1, 2)],
+    ids=lambda layers: f"{layers[0]}layers_cross_every{layers[1]}",
+)
 def qformer(request):
     layers, every = request.param
     config = QFormerConfig(layers=layers, cross_attention_every=every, **SMALL)
@@ -59,7 +71,7 @@ def qformer(request):
         jax.random.randint(keys[1], (B, T), 0, 21),
         jnp.array([[True] * T, [True] * 3 + [False] * 2]),
     )
-    variables = QFormer(config).init(jax.random.key(1), *inputs, method=every_pass)
+    variables = jax.jit(functools.partial(QFormer(config).init, method=every_pass))(jax.random.key(1), *inputs)
     # Larger than at initialisation, so that every path has a visible influence.
     variables = jax.tree.map(lambda x: x * 5 + 0.1 * jax.random.normal(jax.random.key(2), x.shape), variables)
     return config, variables, inputs
@@ -67,7 +79,7 @@ def qformer(request):
 
 def test_shapes(qformer):
     config, variables, inputs = qformer
-    outputs = QFormer(config).apply(variables, *inputs, method=every_pass)
+    outputs = passes(config)(variables, *inputs)
     chex.assert_shape([outputs["queries"], outputs["pair"]], (B, Q, 16))
     chex.assert_shape([outputs["text"], outputs["decoded"]], (B, T, 16))
     image = QFormer(config).apply(variables, inputs[0], method="project_image")
@@ -77,8 +89,8 @@ def test_shapes(qformer):
 
 def test_padding_changes_nothing(qformer):
     config, variables, (image, ids, mask) = qformer
-    outputs = QFormer(config).apply(variables, image, ids, mask, method=every_pass)
-    other = QFormer(config).apply(variables, image, jnp.where(mask, ids, 20), mask, method=every_pass)
+    outputs = passes(config)(variables, image, ids, mask)
+    other = passes(config)(variables, image, jnp.where(mask, ids, 20), mask)
     for name in ("queries", "pair"):
         chex.assert_trees_all_equal(outputs[name], other[name])
     for name in ("text", "decoded"):
@@ -87,7 +99,7 @@ def test_padding_changes_nothing(qformer):
 
 def test_queries_alone_see_no_text_and_text_alone_no_image(qformer):
     config, variables, (image, ids, mask) = qformer
-    apply = lambda image, ids: QFormer(config).apply(variables, image, ids, mask, method=every_pass)
+    apply = lambda image, ids: passes(config)(variables, image, ids, mask)
     outputs, other_text, other_image = apply(image, ids), apply(image, (ids + 1) % 21), apply(image + 1, ids)
     chex.assert_trees_all_equal(outputs["queries"], other_text["queries"])
     chex.assert_trees_all_equal(outputs["text"], other_image["text"])
@@ -100,7 +112,7 @@ def test_queries_alone_see_no_text_and_text_alone_no_image(qformer):
 def test_decoding_is_causal(qformer):
     config, variables, (image, ids, _) = qformer
     mask = jnp.ones((B, T), bool)
-    apply = lambda ids: QFormer(config).apply(variables, image, ids, mask, method=every_pass)["decoded"]
+    apply = lambda ids: passes(config)(variables, image, ids, mask)["decoded"]
     changed = apply(ids.at[:, 3].add(1) % 21)
     chex.assert_trees_all_equal(apply(ids)[:, :3], changed[:, :3])
     assert not np.allclose(apply(ids)[:, 3:], changed[:, 3:])
@@ -117,10 +129,9 @@ def test_the_cache_equals_one_pass_with_the_causal_pattern(qformer):
         (_, text), _ = model.transformer(hidden, mask, image, None, True)
         return model.lm_head(text)[0]
 
-    cached = QFormer(config).apply(variables, image_embeds, ids, text_mask, method=every_pass)["decoded"]
-    np.testing.assert_allclose(
-        cached[text_mask], QFormer(config).apply(variables, method=whole)[text_mask], rtol=1e-4, atol=1e-4
-    )
+    cached = passes(config)(variables, image_embeds, ids, text_mask)["decoded"]
+    expected = jax.jit(functools.partial(QFormer(config).apply, method=whole))(variables)
+    np.testing.assert_allclose(cached[text_mask], expected[text_mask], rtol=1e-4, atol=1e-4)
 
 
 def test_both_single_passes_equal_one_with_the_unimodal_pattern(qformer):
@@ -132,8 +143,8 @@ def test_both_single_passes_equal_one_with_the_unimodal_pattern(qformer):
         mask = attention_mask(AttentionPattern.UNIMODAL, Q, text_mask)
         return model.transformer(hidden, mask, image, None, True)[0]
 
-    outputs = QFormer(config).apply(variables, image_embeds, ids, text_mask, method=every_pass)
-    queries, text = QFormer(config).apply(variables, method=whole)
+    outputs = passes(config)(variables, image_embeds, ids, text_mask)
+    queries, text = jax.jit(functools.partial(QFormer(config).apply, method=whole))(variables)
     np.testing.assert_allclose(outputs["queries"], queries, rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(outputs["text"][text_mask], text[text_mask], rtol=1e-4, atol=1e-4)
 
@@ -143,7 +154,8 @@ def test_remat_and_unrolling_change_no_gradient(change):
     config = QFormerConfig(layers=4, cross_attention_every=2, **SMALL)
     image, ids = jnp.ones((B, P, D_IMAGE)), jnp.ones((B, T), int)
     mask = jnp.ones((B, T), bool)
-    variables = QFormer(config).init(jax.random.key(1), image, ids, mask, method=every_pass)
+    init = jax.jit(functools.partial(QFormer(config).init, method=every_pass))
+    variables = init(jax.random.key(1), image, ids, mask)
 
     def gradients(config):
         def loss(variables):

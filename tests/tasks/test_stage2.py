@@ -1,4 +1,6 @@
-"""Stage 2 in one piece: its loss and its texts against a plain rendering, row by row, without padding or cache."""
+"""Stage 2 in one piece: its loss and its texts against a plain rendering, row by row, without a cache."""
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -22,14 +24,21 @@ def stage2(request, folder):
     return task, trainable, embeds
 
 
-def plain_logits(task, soft_prompt, ids):
-    """float[T, V] of one row: begin, soft prompt, tokens."""
-    model = task.language_model.bind({"params": task.frozen["language"]})
+@functools.partial(jax.jit, static_argnums=0)
+def row_logits(task, language, soft_prompt, ids):
+    """float[1 + T, V] of one row (begin, soft prompt, tokens), from the last query on."""
+    model = task.language_model.bind({"params": language})
     begin = model.embed(jnp.asarray([task.tokenizer.begin], jnp.int32))
-    row = jnp.concatenate([begin, soft_prompt[None], model.embed(jnp.asarray([ids], jnp.int32))], axis=1)
+    row = jnp.concatenate([begin, soft_prompt[None], model.embed(ids[None])], axis=1)
     length = row.shape[1]
     hidden, _ = model(row, jnp.arange(length)[None], causal_mask(length))
     return (hidden @ model.head().T)[0, begin.shape[1] + soft_prompt.shape[0] - 1 :]
+
+
+def plain_logits(task, soft_prompt, ids):
+    """The same for a list of tokens; what fills it up at the end is hidden by causality."""
+    filled = jnp.asarray([*ids, *[0] * (64 - len(ids))], jnp.int32)
+    return row_logits(task, task.frozen["language"], soft_prompt, filled)[: len(ids) + 1]
 
 
 def test_the_loss_is_that_of_the_targets_behind_image_and_prompt(stage2):

@@ -9,13 +9,17 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 
+def _reason(error: Exception) -> str:
+    return "of no known format" if isinstance(error, UnidentifiedImageError) else str(error)
+
+
 def check_image(file: pathlib.Path) -> None:
     """Raise ValueError if a file is not a picture that Pillow can read; only its header is looked at."""
     try:
         with Image.open(file) as image:
             image.verify()
     except (UnidentifiedImageError, OSError, SyntaxError) as error:
-        raise ValueError(f"{file} is not a picture that can be read ({error})") from error
+        raise ValueError(f"{file} is not a picture that can be read ({_reason(error)})") from error
 
 
 def decode(encoded: bytes, where: str = "image") -> Image.Image:
@@ -24,7 +28,7 @@ def decode(encoded: bytes, where: str = "image") -> Image.Image:
         image = Image.open(io.BytesIO(encoded))
         image.load()
     except (UnidentifiedImageError, OSError, SyntaxError) as error:
-        raise ValueError(f"{where} is not a picture that can be read ({error})") from error
+        raise ValueError(f"{where} is not a picture that can be read ({_reason(error)})") from error
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         canvas = Image.new("RGBA", image.size, "white")

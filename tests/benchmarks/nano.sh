@@ -2,7 +2,7 @@
 # What the README's section "Measured" shows: bash tests/benchmarks/nano.sh DIR seeds|ablations|long
 #
 # Every run has a folder in DIR with stage1, stage2 and summary.json; python -m tests.benchmarks.tables DIR turns them
-# into tables. Interrupted and started again, it goes on where it was.
+# into tables; ablations come after seeds. Interrupted and started again, it goes on where it was.
 set -euo pipefail
 mkdir -p "$1"
 output=$(cd "$1" && pwd)
@@ -34,6 +34,9 @@ case $2 in
     folder=$output/without_stage1
     main --config=configs/stage2.py --workdir="$folder/stage2" --config.init=scratch
     measure "$folder" --checkpoint "$folder/stage2"
+    folder=$output/without_begin
+    main --config=configs/stage2.py --workdir="$folder/stage2" --config.init="$output/seed_0/stage1" --config.data.begin=
+    measure "$folder" --checkpoint "$output/seed_0/stage1" --checkpoint "$folder/stage2"
     run without_itm nano "" --config.objective.itm=0
     run without_itg nano "" --config.objective.itg=0
     run random_encoder nano --config.vision=random:0 ""

@@ -18,6 +18,7 @@ ABLATIONS = {
     "without_itm": "without ITM",
     "without_itg": "without ITG",
     "without_diversity": "without the diversity term",
+    "without_begin": "without a token before the soft prompt",
     "random_encoder": "random image encoder",
 }
 SHOWN = ("text to image R@1, ITC", "caption CIDEr-D", "caption token F1", "category answered", "LM loss, nats a token")

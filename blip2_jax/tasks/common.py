@@ -22,6 +22,7 @@ from blip2_jax.data.sources import Source, open_source, parse_mixture
 from blip2_jax.data.text import CaptionTokenizer, clean_caption
 from blip2_jax.models.blip2 import Blip2Config
 from blip2_jax.models.qformer import QFormer
+from blip2_jax.monitoring.progress import progress
 
 Metrics = dict[str, jax.Array]
 
@@ -194,7 +195,7 @@ class Task(abc.ABC):
         weights = initialize_qformer(fresh, self.parts["bert"].directory, config, keep_token_type=True)
         encode = jax.jit(lambda ids, mask: qformer.apply({"params": weights}, ids, mask, method="encode_text"))
         size, pooled = 64, []
-        for start in range(0, len(ids), size):
+        for start in progress(range(0, len(ids), size), desc="sentence embeddings", unit="batch", leave=False):
             part = slice(start, start + size)
             fill = ((0, size - len(ids[part])), (0, 0))
             tokens = np.asarray(encode(np.pad(ids[part], fill), np.pad(mask[part], fill)))[: len(ids[part])]

@@ -204,14 +204,14 @@ class Stage2(Task):
             raise ValueError("the loss with shuffled images needs at least two different captions")
         size = len(rows[0][1])
 
-        def mean_loss(order: np.ndarray) -> float:
+        def mean_loss(order: np.ndarray, label: str) -> float:
             order = np.pad(order, (0, len(rows) * size - count))
             total = tokens = 0.0
-            for number, (row, real) in enumerate(rows):
+            for number, (row, real) in enumerate(progress(rows, desc=label, unit="batch", leave=False)):
                 prompts = soft_prompts[order[number * size : (number + 1) * size]]
                 row = row._replace(is_target=row.is_target & real[:, None])
                 loss, count_ = self._loss_sum(self._language, prompts, row)
                 total, tokens = total + float(loss), tokens + float(count_)
             return total / tokens
 
-        return mean_loss(np.arange(count)), mean_loss(other)
+        return mean_loss(np.arange(count), "loss"), mean_loss(other, "loss with shuffled images")

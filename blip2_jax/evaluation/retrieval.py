@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from blip2_jax.monitoring.progress import progress
+from blip2_jax.evaluation.batches import in_batches
 
 RANKS = (1, 5, 10)
 Directions = dict[str, dict[str, float]]
@@ -85,10 +85,7 @@ def rerank(
     chosen = ranking(scores)[:, :top]
     row, column = np.repeat(np.arange(rows), top), chosen.reshape(-1)
     result = scores - 100.0
-    for start in progress(range(0, len(row), batch_size), desc=label, unit="batch", leave=False):
-        r, c = row[start : start + batch_size], column[start : start + batch_size]
-        fill = (0, batch_size - len(r))
-        result[r, c] = scores[r, c] + match(np.pad(r, fill), np.pad(c, fill))[: len(r)]
+    result[row, column] = scores[row, column] + in_batches(match, (row, column), batch_size, label)
     return result
 
 

@@ -20,9 +20,9 @@ from blip2_jax.data.features import View, compute
 from blip2_jax.data.pipeline import Batch, Part, Pictures, Schema
 from blip2_jax.data.sources import Source, open_source, parse_mixture
 from blip2_jax.data.text import CaptionTokenizer, clean_caption
+from blip2_jax.evaluation.batches import in_batches
 from blip2_jax.models.blip2 import Blip2Config
 from blip2_jax.models.qformer import QFormer
-from blip2_jax.monitoring.progress import progress
 
 Metrics = dict[str, jax.Array]
 
@@ -189,20 +189,17 @@ class Task(abc.ABC):
         qformer, tokenizer = QFormer(config), CaptionTokenizer(self.parts["bert"].directory.path)
         ids, mask = tokenizer([clean_caption(text) for text in texts], min(32, config.max_positions))
         ids, mask = ids[:, : mask.sum(1).max()], mask[:, : mask.sum(1).max()]
-        fresh = jax.jit(lambda key: qformer.init(key, ids[:1], mask[:1], method="encode_text"))(jax.random.key(0))[
-            "params"
-        ]
+        init = jax.jit(lambda key: qformer.init(key, ids[:1], mask[:1], method="encode_text"))
+        fresh = init(jax.random.key(0))["params"]
         weights = initialize_qformer(fresh, self.parts["bert"].directory, config, keep_token_type=True)
-        encode = jax.jit(lambda ids, mask: qformer.apply({"params": weights}, ids, mask, method="encode_text"))
-        size, pooled = 64, []
-        for start in progress(range(0, len(ids), size), desc="sentence embeddings", unit="batch", leave=False):
-            part = slice(start, start + size)
-            fill = ((0, size - len(ids[part])), (0, 0))
-            tokens = np.asarray(encode(np.pad(ids[part], fill), np.pad(mask[part], fill)))[: len(ids[part])]
-            weight = mask[part][..., None]
-            pooled.append((tokens * weight).sum(1) / weight.sum(1))
-        vectors = np.concatenate(pooled).astype(np.float32)
-        return vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)
+
+        @jax.jit
+        def encode(ids: jax.Array, mask: jax.Array) -> jax.Array:
+            tokens = qformer.apply({"params": weights}, ids, mask, method="encode_text")
+            mean = jnp.mean(tokens, axis=1, where=mask[..., None]).astype(jnp.float32)
+            return mean / jnp.linalg.norm(mean, axis=-1, keepdims=True)
+
+        return in_batches(encode, (ids, mask), 64, "sentence embeddings")
 
     def evaluation_pictures(self) -> dict[str, Pictures]:
         """The sources of config.data.eval, each evaluated by itself."""

@@ -14,6 +14,7 @@ from blip2_jax.data.pipeline import Batch, Part, Pictures, Schema, collate_image
 from blip2_jax.data.sources import identify, parse_mixture
 from blip2_jax.data.text import CaptionTokenizer, clean_caption, log_frequencies
 from blip2_jax.evaluation import retrieval
+from blip2_jax.evaluation.batches import in_batches
 from blip2_jax.models.blip2 import ImageTextModel
 from blip2_jax.models.layers import KeyValue
 from blip2_jax.models.qformer import QFormerCache
@@ -192,7 +193,8 @@ class Stage1(Task):
         captions = [clean_caption(example["caption"], self.config.data.lower_case) for example in examples]
         gallery = retrieval.gallery(captions)
         ids, mask = (np.concatenate(parts)[gallery.first] for parts in zip(*tokens, strict=True))
-        text_features = self._texts_in_batches(trainable, ids, mask, size)
+        encode = lambda ids, mask: self._text_features(trainable, ids, mask)
+        text_features = in_batches(encode, (ids, mask), size, "captions")
         scores = np.einsum("iqe,te->itq", features, text_features).max(-1)
         recalls = {"itc": retrieval.both_directions(scores, gallery.relevant)}
         top = self.config.evaluation.rerank
@@ -207,15 +209,6 @@ class Stage1(Task):
 
     def _evaluation_collate(self, examples: Sequence[dict]) -> Batch:
         return self.collate([self.prepare(example, None) for example in examples])
-
-    def _texts_in_batches(self, trainable, ids, mask, size) -> np.ndarray:
-        features = []
-        for start in range(0, len(ids), size):
-            part = slice(start, start + size)
-            fill = ((0, size - len(ids[part])), (0, 0))
-            batch = self._text_features(trainable, np.pad(ids[part], fill), np.pad(mask[part], fill))
-            features.append(np.asarray(batch)[: len(ids[part])])
-        return np.concatenate(features)
 
 
 def _retrieval_samples(keys, captions, gallery, scores, shown: int = 5) -> list[dict]:

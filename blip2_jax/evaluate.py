@@ -52,7 +52,13 @@ def measure_baselines(task: Task, tests: Sequence[Pictures]) -> list[dict[str, d
 def measure(
     checkpoints: Sequence[str], data: Sequence[str]
 ) -> tuple[dict[str, dict], dict[str, list], dict[str, list]]:
-    """Metrics by split, samples by source, and by stage the attention over pictures of the first source."""
+    """Metrics by split, samples by source, and by stage the attention over pictures of the first source.
+
+    Raises:
+      OSError, ValueError: a checkpoint or a source cannot be opened, or two sources have the same name.
+    """
+    if len({name.partition(":")[2] for name in data}) < len(data):
+        raise ValueError(f"--data {', '.join(data)}: every source must be named once, with a name of its own")
     splits: dict[str, dict] = {}
     samples: dict[str, list] = {name: [] for name in data}
     looks: dict[str, list] = {}

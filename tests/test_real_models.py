@@ -1,11 +1,14 @@
 """The real frozen parts of the nano recipe, by what they can do; fetched into the user's cache where missing."""
 
+import pathlib
+import runpy
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from blip2_jax import decoding
+from blip2_jax import decoding, tasks
 from blip2_jax.checkpoints import frozen
 from blip2_jax.data import images
 from blip2_jax.data.sources import open_source
@@ -68,11 +71,6 @@ def test_bert_puts_like_sentences_together(sentence_task):
 
 @pytest.fixture(scope="module")
 def sentence_task():
-    import pathlib
-    import runpy
-
-    from blip2_jax import tasks
-
     config = runpy.run_path(str(pathlib.Path(__file__).parent.parent / "configs" / "stage1.py"))["get_config"]()
     return tasks.create(config)
 

@@ -62,7 +62,7 @@ def load(
       A tree of numpy arrays like `template`.
 
     Raises:
-      KeyError: a foreign tensor is missing. ValueError: its shape does not fit.
+      ValueError: a foreign tensor is missing, or its shape does not fit.
     """
     rows = params.flatten(
         params.resolve([(pattern, (pattern, source)) for pattern, source in table], template, "import")
@@ -73,7 +73,7 @@ def load(
         pattern, source = rows[path]
         name = source.name.format(*re.fullmatch(pattern, path).groups(), layer=layer)
         if name not in known:
-            raise KeyError(f"{tensors.where}: no tensor {name!r}, which {path!r} needs")
+            raise ValueError(f"{tensors.where}: no tensor {name!r}, which {path!r} needs")
         array = tensors.read(name)
         try:
             return source.convert(array, shape)

@@ -23,6 +23,7 @@ from blip2_jax.data.sources import Source
 from blip2_jax.monitoring.progress import progress
 
 _BATCH = 64
+_HEADROOM = 2**27  # Bytes to leave on the disk.
 
 
 class View(NamedTuple):
@@ -101,7 +102,7 @@ def compute(
 
 def _write(file, size, source, view, encode, shape, label) -> None:
     mend = "make room, set BLIP2_JAX_CACHE to another disk, or lower data.feature_views"
-    files.require_room(file.parent, size, "the image features", mend)
+    files.require_room(file.parent, size + _HEADROOM, "the image features", mend)
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_name(f"{file.name}.partial-{os.getpid()}")
     views, records = shape[:2]

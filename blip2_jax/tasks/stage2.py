@@ -45,6 +45,8 @@ class Stage2(Task):
     def training_parts(self) -> list[Part]:
         data = self.config.data
         asked = data.question_share if data.questions else 0.0
+        if not 0 <= asked < 1:
+            raise ValueError(f"data.question_share must be at least 0 and below 1, found {asked}")
         parts = self.mixture(data.train, self.prepare_caption, 1 - asked)
         return parts + (self.mixture(data.questions, self.prepare_question, asked) if asked else [])
 

@@ -96,5 +96,5 @@ def test_what_is_no_bert_is_refused(bert):
 def test_a_missing_tensor_is_named(start, bert, tmp_path):
     config, fresh, _ = start
     other = Directory(tiny.bert(tmp_path / "two", layers=2))
-    with pytest.raises(KeyError, match=r"no tensor 'encoder\.layer\.2\."):
+    with pytest.raises(ValueError, match=r"no tensor 'encoder\.layer\.2\."):
         initialize_qformer(params.unflatten(fresh), other, config)

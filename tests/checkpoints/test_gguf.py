@@ -5,6 +5,7 @@ import json
 import gguf
 import numpy as np
 import pytest
+from tokenizers import Tokenizer
 
 from blip2_jax.checkpoints import gguf as ours
 from blip2_jax.checkpoints.huggingface import Directory
@@ -82,8 +83,6 @@ def test_the_tokenizer_keeps_digits_apart(tmp_path):
     original = tiny.llama(tmp_path / "original")
     write_gguf(original, tmp_path / "model.gguf")
     ours.convert(tmp_path / "model.gguf", tmp_path / "converted")
-    from tokenizers import Tokenizer
-
     tokenizer = Tokenizer.from_file(str(tmp_path / "converted" / "tokenizer.json"))
     encoding = tokenizer.encode("a red square 12<|im_end|>")
     assert encoding.tokens[-3:] == ["1", "2", "<|im_end|>"]

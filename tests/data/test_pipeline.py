@@ -176,6 +176,6 @@ def test_a_failure_leaves_nothing_half_written(tmp_path):
 
 
 def test_a_full_disk_is_known_before(tmp_path, monkeypatch):
-    monkeypatch.setattr(files.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 100})())
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000})())
     with pytest.raises(OSError, match=r"no room for the image features.*BLIP2_JAX_CACHE"):
         compute(tmp_path)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import os
 import pathlib
 import shutil
+from collections.abc import Iterator
 from typing import Any
 
 
@@ -33,3 +36,15 @@ def require_room(directory: pathlib.Path, size: int, what: str, mend: str) -> No
         raise OSError(
             f"no room for {what}: {directory} has {free / 1e9:.2f} GB free, {size / 1e9:.2f} GB are needed; {mend}"
         )
+
+
+@contextlib.contextmanager
+def clear_about_full_disk(directory: pathlib.Path, mend: str) -> Iterator[None]:
+    """Turn what Python and Orbax raise of a full disk during work in `directory` into one OSError that says so."""
+    full = os.strerror(errno.ENOSPC)
+    try:
+        yield
+    except Exception as error:  # Orbax wraps the system's error in others.
+        if full not in str(error):
+            raise
+        raise OSError(f"a disk is full, at work in {directory}: {error}; {mend}") from error

@@ -206,6 +206,7 @@ class Run:
 def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> None:
     """Train as `config` says in `workdir`, or go on where a run there was interrupted; then write its report."""
     workdir = pathlib.Path(workdir)
-    run = Run(config, workdir)
-    run.train()
-    report.write_run(workdir)
+    with files.clear_about_full_disk(workdir, "make room, and the same command goes on from the last checkpoint"):
+        run = Run(config, workdir)
+        run.train()
+        report.write_run(workdir)

@@ -31,3 +31,14 @@ def test_room_is_asked_of_the_disk_that_will_be_written(tmp_path):
     with pytest.raises(OSError, match=r"no room for a mountain: .*yet has .* GB free, .* are needed; climb"):
         files.require_room(tmp_path / "yet", 10**18, "a mountain", "climb")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_is_called_by_its_name(tmp_path):
+    with (
+        pytest.raises(OSError, match=r"a disk is full, at work in .*: .*No space left.*; buy another"),
+        files.clear_about_full_disk(tmp_path, "buy another"),
+        open("/dev/full", "w") as stream,
+    ):
+        stream.write("one byte too many")
+    with pytest.raises(OSError, match="another trouble"), files.clear_about_full_disk(tmp_path, ""):
+        raise OSError("another trouble")

@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import math
 import pathlib
+import time
 from typing import Any
 
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
 
 from blip2_jax import files
 
@@ -21,15 +24,24 @@ class MetricsWriter:
         rows = [row for row in read_metrics(self._file) if row["step"] <= resumed_at]
         files.write_text(self._file, "".join(json.dumps(row) + "\n" for row in rows))
         self._stream = self._file.open("a")
-        self._events = SummaryWriter(str(workdir / "tensorboard"), purge_step=resumed_at + 1)
+        # Not tensorboardX's SummaryWriter: its thread dies of a full disk, and the run then waits for it without end.
+        folder = workdir / "tensorboard"
+        folder.mkdir(exist_ok=True)
+        self._events = EventsWriter(str(folder / "events"), filename_suffix=f".from_{resumed_at + 1}")
+        restart = SessionLog(status=SessionLog.START)  # TensorBoard drops what it knows of this step and later ones.
+        self._events.write_event(Event(wall_time=time.time(), step=resumed_at + 1, session_log=restart))
 
     def write(self, step: int, values: dict[str, Any]) -> None:
         """Append a row; everything about a step must be in one call."""
         self._stream.write(json.dumps({"step": step} | values) + "\n")
         self._stream.flush()
-        for name, value in values.items():
-            if isinstance(value, (int, float)) and math.isfinite(value):
-                self._events.add_scalar(name, value, step)
+        scalars = [
+            Summary.Value(tag=name, simple_value=value)
+            for name, value in values.items()
+            if isinstance(value, (int, float)) and math.isfinite(value)
+        ]
+        self._events.write_event(Event(wall_time=time.time(), step=step, summary=Summary(value=scalars)))
+        self._events.flush()
 
     def close(self) -> None:
         self._stream.close()

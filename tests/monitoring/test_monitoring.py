@@ -1,9 +1,11 @@
 """What a person reads: metrics, curves, tables beside baselines, attention over pictures."""
 
 import json
+import struct
 
 import numpy as np
 import pytest
+from tensorboardX.proto.event_pb2 import Event
 
 from blip2_jax.monitoring import comparison, report
 from blip2_jax.monitoring.clock import Clock
@@ -56,6 +58,27 @@ def test_a_resumed_run_writes_no_step_twice(tmp_path):
         {"step": 2, "loss": 1.0},
         {"step": 3, "loss": 9.0},
     ]
+
+
+def read_events(file):
+    """TFRecords: length uint64, its checksum uint32, an Event, its checksum uint32."""
+    content, position = file.read_bytes(), 0
+    while position < len(content):
+        (length,) = struct.unpack_from("<Q", content, position)
+        yield Event.FromString(content[position + 12 : position + 12 + length])
+        position += 16 + length
+
+
+def test_tensorboard_sees_every_number_at_once_and_forgets_steps_done_again(tmp_path):
+    writer = MetricsWriter(tmp_path, 4)
+    writer.write(5, {"loss": 0.5, "seen": 64, "broken": float("nan"), "name": "nobody"})
+    (file,) = (tmp_path / "tensorboard").glob("*tfevents*")
+    first, restart, row = read_events(file)
+    assert first.file_version == "brain.Event:2"
+    assert (restart.step, restart.session_log.status) == (5, restart.session_log.START)
+    assert row.step == 5
+    assert {value.tag: value.simple_value for value in row.summary.value} == {"loss": 0.5, "seen": 64.0}
+    writer.close()
 
 
 def test_the_pace_leaves_out_what_is_not_training(monkeypatch):

@@ -12,9 +12,9 @@ from blip2_jax import params
 def schedule(config: ml_collections.ConfigDict, total_steps: int) -> optax.Schedule:
     """Linear warm-up to 1, then cosine down to `final_share`, by step; a factor on every learning rate."""
     warmup = round(config.warmup * total_steps) if config.warmup < 1 else int(config.warmup)
-    if not 0 <= warmup <= total_steps:
+    if not 0 <= warmup < total_steps:
         raise ValueError(f"optimizer.warmup is {warmup} steps, but the run has {total_steps}")
-    return optax.warmup_cosine_decay_schedule(0.0, 1.0, max(warmup, 1), total_steps, config.final_share)
+    return optax.warmup_cosine_decay_schedule(0.0, 1.0, warmup, total_steps, config.final_share)
 
 
 def create(

@@ -5,11 +5,11 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from blip2_jax.models.language.llama import Llama, empty_cache
+from blip2_jax.models.language.decoder import Decoder, empty_cache
 
 
 def greedy(
-    model: Llama,
+    model: Decoder,
     parameters: dict,
     prefix_embeds: jax.Array,
     prefix_mask: jax.Array,

@@ -66,6 +66,15 @@ def resolve(table: Table[Value], tree: Tree, name: str) -> dict[str, Any]:
     return unflatten(values)
 
 
+def relevant(table: Table[Value], tree: Tree) -> Table[Value]:
+    """The rows of a general table that are the first match of some parameter of this tree."""
+    firsts = {
+        next((number for number, (pattern, _) in enumerate(table) if re.fullmatch(pattern, path)), None)
+        for path in flatten(tree)
+    }
+    return [row for number, row in enumerate(table) if number in firsts]
+
+
 def map_paths(function: Callable[[str, Any], Any], tree: Tree) -> dict[str, Any]:
     """`function(path, leaf)` at every leaf."""
     return unflatten({path: function(path, leaf) for path, leaf in flatten(tree).items()})

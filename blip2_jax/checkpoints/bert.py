@@ -13,46 +13,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from blip2_jax import params
+from blip2_jax.checkpoints import mapping, qformer
 from blip2_jax.checkpoints.huggingface import Directory
-from blip2_jax.checkpoints.mapping import From, as_is, load, transposed
 from blip2_jax.models.qformer import QFormerConfig
 
-_LAYER = r"transformer/(?:groups|tail)/layer_\d+/"
-_TABLE = [
-    (r"embeddings_norm/scale", From("embeddings.LayerNorm.weight", as_is)),
-    (r"embeddings_norm/bias", From("embeddings.LayerNorm.bias", as_is)),
-    (r"position_embeddings/embedding", From("embeddings.position_embeddings.weight", as_is)),
-    (
-        _LAYER + r"attention/(query|key|value)/kernel",
-        From("encoder.layer.{layer}.attention.self.{0}.weight", transposed),
-    ),
-    (_LAYER + r"attention/(query|key|value)/bias", From("encoder.layer.{layer}.attention.self.{0}.bias", as_is)),
-    (_LAYER + r"attention/output/kernel", From("encoder.layer.{layer}.attention.output.dense.weight", transposed)),
-    (_LAYER + r"attention/output/bias", From("encoder.layer.{layer}.attention.output.dense.bias", as_is)),
-    (_LAYER + r"attention/norm/scale", From("encoder.layer.{layer}.attention.output.LayerNorm.weight", as_is)),
-    (_LAYER + r"attention/norm/bias", From("encoder.layer.{layer}.attention.output.LayerNorm.bias", as_is)),
-    (
-        _LAYER + r"(?:query|text)_mlp/intermediate/kernel",
-        From("encoder.layer.{layer}.intermediate.dense.weight", transposed),
-    ),
-    (_LAYER + r"(?:query|text)_mlp/intermediate/bias", From("encoder.layer.{layer}.intermediate.dense.bias", as_is)),
-    (_LAYER + r"(?:query|text)_mlp/output/kernel", From("encoder.layer.{layer}.output.dense.weight", transposed)),
-    (_LAYER + r"(?:query|text)_mlp/output/bias", From("encoder.layer.{layer}.output.dense.bias", as_is)),
-    (_LAYER + r"(?:query|text)_mlp/norm/scale", From("encoder.layer.{layer}.output.LayerNorm.weight", as_is)),
-    (_LAYER + r"(?:query|text)_mlp/norm/bias", From("encoder.layer.{layer}.output.LayerNorm.bias", as_is)),
-]
-_LANGUAGE_HEAD = [
-    (r"lm_head/dense/kernel", From("cls.predictions.transform.dense.weight", transposed)),
-    (r"lm_head/dense/bias", From("cls.predictions.transform.dense.bias", as_is)),
-    (r"lm_head/norm/scale", From("cls.predictions.transform.LayerNorm.weight", as_is)),
-    (r"lm_head/norm/bias", From("cls.predictions.transform.LayerNorm.bias", as_is)),
-]
 # Grown by the row of [DEC], which keeps its fresh value.
 _GROWN = {
-    r"word_embeddings/embedding": "embeddings.word_embeddings.weight",
-    r"lm_head/bias": "cls.predictions.bias",
+    "qformer/word_embeddings/embedding": "embeddings.word_embeddings.weight",
+    "qformer/lm_head/bias": "cls.predictions.bias",
 }
-_FRESH = (r"query_tokens", r"image_projection/.*", r".*/cross_attention/.*")
+_FRESH = r"qformer/(query_tokens|image_projection/.*|.*/cross_attention/.*)"
 
 
 class _Unprefixed:
@@ -94,16 +64,6 @@ def qformer_config(bert: dict[str, Any], **changes: Any) -> QFormerConfig:
     return config
 
 
-def qformer_layers(path: str, config: QFormerConfig) -> list[int] | int | None:
-    """The BERT layers that a Q-Former parameter stacks (scanned groups), the one it is (the tail), or None."""
-    every, groups = config.cross_attention_every, config.scanned_groups
-    if match := re.search(r"groups/layer_(\d+)/", path):
-        return [group * every + int(match[1]) for group in range(groups)]
-    if match := re.search(r"tail/layer_(\d+)/", path):
-        return groups * every + int(match[1])
-    return None
-
-
 def has_language_head(directory: Directory) -> bool:
     """Whether a BERT was saved with its masked-language head."""
     return "cls.predictions.transform.dense.weight" in directory.names()
@@ -126,21 +86,21 @@ def initialize_qformer(
     """
     tensors = _Unprefixed(directory)
     has_head = has_language_head(directory)
-    flat = params.flatten(fresh)
     taken, result = {}, {}
-    for path, leaf in flat.items():
-        grown = _GROWN.get(path)
-        if any(re.fullmatch(pattern, path) for pattern in _FRESH) or (path.startswith("lm_head/") and not has_head):
+    for path, leaf in params.flatten({"qformer": fresh}).items():
+        if re.fullmatch(_FRESH, path) or (path.startswith("qformer/lm_head/") and not has_head):
             result[path] = leaf
-        elif grown:
-            old = tensors.read(grown)
+        elif path in _GROWN:
+            old = tensors.read(_GROWN[path])
             result[path] = jnp.concatenate([jnp.asarray(old, leaf.dtype), leaf[len(old) :]])
         else:
             taken[path] = leaf
-    table = [row for row in _TABLE + _LANGUAGE_HEAD if any(re.fullmatch(row[0], path) for path in taken)]
-    loaded = load(params.unflatten(taken), table, tensors, lambda path: qformer_layers(path, config))
-    result |= params.flatten(loaded)
-    if keep_token_type and "position_embeddings/embedding" in result:
-        first_segment = tensors.read("embeddings.token_type_embeddings.weight")[0]
-        result["position_embeddings/embedding"] = result["position_embeddings/embedding"] + first_segment
-    return params.unflatten({path: result[path] for path in flat})
+    template = params.unflatten(taken)
+    table = params.relevant(qformer.table(qformer.BERT), template)
+    mapped = mapping.resolve(template, table, lambda path: qformer.layers_of(config, path))
+    result |= params.flatten(mapping.load(template, mapped, tensors))
+    positions = "qformer/position_embeddings/embedding"
+    if keep_token_type and positions in result:
+        result[positions] = result[positions] + tensors.read("embeddings.token_type_embeddings.weight")[0]
+    order = params.flatten({"qformer": fresh})
+    return params.unflatten({path: result[path] for path in order})["qformer"]

@@ -17,16 +17,14 @@ import os
 import pathlib
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from blip2_jax import params
-from blip2_jax.checkpoints import downloads
+from blip2_jax.checkpoints import downloads, language, mapping
 from blip2_jax.checkpoints.huggingface import Directory
-from blip2_jax.checkpoints.llama import llama_config, load_llama
 from blip2_jax.models import vision
-from blip2_jax.models.language.llama import Llama
 
 ASSETS = pathlib.Path(__file__).parent.parent / "assets"
 PARTS = ("vision", "bert", "llm")
@@ -129,8 +127,13 @@ def load_vision(part: Frozen, dtype: Any) -> tuple[vision.VisionEncoder, dict]:
     return encoder, jax.tree.map(jnp.asarray, tree)
 
 
-def load_language_model(part: Frozen, dtype: Any, **changes: Any) -> tuple[Llama, dict]:
+def load_language_model(part: Frozen, dtype: Any, **changes: Any) -> tuple[nn.Module, dict]:
     """The language model and its parameters; `changes` replace single fields of its configuration."""
-    config = llama_config(part.directory.config(), dtype=dtype, **changes)
-    tree = load_llama(part.directory, config, np.dtype(dtype))
-    return Llama(config), jax.tree.map(jnp.asarray, tree)
+    family = language.family(part.directory.config())
+    config = family.config(part.directory.config(), dtype=dtype, **changes)
+    model = family.module(config)
+    init = lambda ids: model.init(jax.random.key(0), ids, method="initialize")["params"]
+    shapes = jax.eval_shape(init, jax.ShapeDtypeStruct((1, 2), jnp.int32))
+    template = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), shapes)
+    mapped = mapping.resolve(template, family.table(config), lambda path: family.layers(config, path))
+    return model, mapping.load(template, mapped, part.directory, lambda _, array: jnp.asarray(array))

@@ -29,6 +29,7 @@ class Blip2Config:
       embed_width: E, of the space where images and captions are compared.
       text_pooling: "cls" (the paper) or "mean", for text encoders trained that way.
       initial_temperature: divisor of the cosines.
+      ln_vision_epsilon: 1e-5 in the original; 1e-6 in transformers' files, which take that of the ViT.
     """
 
     qformer: QFormerConfig
@@ -37,6 +38,7 @@ class Blip2Config:
     embed_width: int = 256
     text_pooling: str = "cls"
     initial_temperature: float = 0.07
+    ln_vision_epsilon: float = 1e-5
 
 
 class ImageTokens(nn.Module):
@@ -46,7 +48,7 @@ class ImageTokens(nn.Module):
 
     @nn.compact
     def __call__(self, image_embeds: jax.Array) -> jax.Array:
-        x = nn.LayerNorm(1e-5, dtype=jnp.float32, name="norm")(image_embeds)
+        x = nn.LayerNorm(self.config.ln_vision_epsilon, dtype=jnp.float32, name="norm")(image_embeds)
         if self.config.image_positions:
             shape = (self.config.image_tokens, image_embeds.shape[-1])
             x = x + self.param("positions", nn.initializers.normal(0.02), shape)
@@ -110,7 +112,7 @@ class ImageTextModel(nn.Module):
         self, image: KeyValue, text_ids: jax.Array, text_mask: jax.Array, *, deterministic: bool = True
     ) -> jax.Array:
         """Logits of {no match, match}, averaged over the queries: float32[B, 2]."""
-        query_output = self.qformer.encode_pair(image, text_ids, text_mask, deterministic=deterministic)
+        query_output, _ = self.qformer.encode_pair(image, text_ids, text_mask, deterministic=deterministic)
         return self.itm_head(query_output).astype(jnp.float32).mean(1)
 
     def caption_features(self, cache: QFormerCache, text_ids, text_mask, *, deterministic: bool = True):
@@ -125,10 +127,24 @@ class SoftPromptModel(nn.Module):
     language_width: int
 
     @nn.compact
-    def __call__(self, image_embeds: jax.Array, *, deterministic: bool = True) -> jax.Array:
-        """float[B, P, D_image] -> soft prompt float[B, Q, D_language]."""
+    def __call__(
+        self,
+        image_embeds: jax.Array,
+        instruction_ids: jax.Array | None = None,
+        instruction_mask: jax.Array | None = None,
+        *,
+        deterministic: bool = True,
+    ) -> jax.Array:
+        """float[B, P, D_image] -> soft prompt float[B, Q, D_language].
+
+        With an instruction int[B, T], bool[B, T] queries and instruction see each other (InstructBLIP, arXiv
+        2305.06500), so that what the queries read depends on the task.
+        """
         c = self.config
         qformer = QFormer(c.qformer, name="qformer")
         image = qformer.project_image(ImageTokens(c, name="ln_vision")(image_embeds))
-        query_output, _ = qformer.encode_queries(image, deterministic=deterministic)
+        if instruction_ids is None:
+            query_output, _ = qformer.encode_queries(image, deterministic=deterministic)
+        else:
+            query_output, _ = qformer.encode_pair(image, instruction_ids, instruction_mask, deterministic=deterministic)
         return nn.Dense(self.language_width, dtype=c.qformer.dtype, name="language_projection")(query_output)

@@ -4,8 +4,17 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
+
+ACTIVATIONS = {
+    "relu": jax.nn.relu,
+    "silu": jax.nn.silu,
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
+}
 
 
 class KeyValue(NamedTuple):
@@ -15,13 +24,35 @@ class KeyValue(NamedTuple):
     value: jax.Array
 
 
-def attention_weights(query: jax.Array, key: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+class RMSNorm(nn.Module):
+    """x over its root mean square, scaled; computed in fp32."""
+
+    epsilon: float
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+        x = x.astype(jnp.float32)
+        x = x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + self.epsilon)
+        return (x * scale).astype(self.dtype)
+
+
+def attention_weights(
+    query: jax.Array,
+    key: jax.Array,
+    mask: jax.Array | None = None,
+    bias: jax.Array | None = None,
+    scale: float | None = None,
+) -> jax.Array:
     """Who attends to whom, float32[B, H, T, S], each row summing to 1; arguments as `dot_product_attention`."""
     batch, length, heads, size = query.shape
     groups = key.shape[2]
     query = query.reshape(batch, length, groups, heads // groups, size)
-    logits = jnp.einsum("btkgd,bskd->bkgts", query, key, preferred_element_type=jnp.float32) * size**-0.5
-    logits = logits.reshape(batch, heads, length, key.shape[1])
+    logits = jnp.einsum("btkgd,bskd->bkgts", query, key, preferred_element_type=jnp.float32)
+    logits = logits.reshape(batch, heads, length, key.shape[1]) * (size**-0.5 if scale is None else scale)
+    if bias is not None:
+        logits = logits + bias
     if mask is not None:
         logits = jnp.where(mask, logits, jnp.finfo(jnp.float32).min)
     return jax.nn.softmax(logits, axis=-1)
@@ -33,6 +64,8 @@ def dot_product_attention(
     value: jax.Array,
     mask: jax.Array | None = None,
     *,
+    bias: jax.Array | None = None,
+    scale: float | None = None,
     dropout_rate: float = 0.0,
     dropout_key: jax.Array | None = None,
 ) -> jax.Array:
@@ -44,6 +77,8 @@ def dot_product_attention(
       value: float[B, S, K, d].
       mask: bool, broadcastable to [B, 1, T, S]; True where attention is allowed. A row that may see nothing attends
         evenly to everything instead of becoming NaN: its output is meaningless and must be masked by the caller.
+      bias: float, broadcastable to [B, H, T, S], added to the scaled products (T5's relative positions).
+      scale: of the products; by default d^-0.5.
       dropout_rate: share of attention weights dropped; needs `dropout_key` when above 0.
 
     Returns:
@@ -51,7 +86,9 @@ def dot_product_attention(
     """
     batch, length, heads, size = query.shape
     groups = key.shape[2]
-    weights = attention_weights(query, key, mask).reshape(batch, groups, heads // groups, length, key.shape[1])
+    weights = attention_weights(query, key, mask, bias, scale).reshape(
+        batch, groups, heads // groups, length, key.shape[1]
+    )
     if dropout_rate > 0.0:
         kept = jax.random.bernoulli(dropout_key, 1.0 - dropout_rate, weights.shape)
         weights = jnp.where(kept, weights / (1.0 - dropout_rate), 0.0)

@@ -316,13 +316,13 @@ class QFormer(nn.Module):
 
     def encode_pair(
         self, image: KeyValue, text_ids: jax.Array, text_mask: jax.Array, *, deterministic: bool = True
-    ) -> jax.Array:
-        """Queries and text see each other: query_output float[B, Q, D]."""
+    ) -> tuple[jax.Array, jax.Array]:
+        """Queries and text see each other: query_output float[B, Q, D] and text_output float[B, T, D]."""
         queries = self._embed_queries(text_ids.shape[0], deterministic)
         text = self._embed_text(text_ids, deterministic)
         mask = attention_mask(AttentionPattern.BIDIRECTIONAL, self.config.queries, text_mask)
-        (queries, _), _ = self.transformer((queries, text), mask, image, None, deterministic)
-        return queries
+        hidden, _ = self.transformer((queries, text), mask, image, None, deterministic)
+        return hidden
 
     def decode_text(
         self, cache: QFormerCache, text_ids: jax.Array, text_mask: jax.Array, *, deterministic: bool = True

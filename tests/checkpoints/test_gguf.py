@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
+from blip2_jax.checkpoints import frozen
 from blip2_jax.checkpoints import gguf as ours
 from blip2_jax.checkpoints.huggingface import Directory
-from blip2_jax.checkpoints.llama import llama_config, load_llama
+from blip2_jax.checkpoints.language import llama_config
 from tests import tiny
 
 NAMES = {ours: theirs for theirs, ours in ours._LAYER_NAMES.items()}
@@ -76,7 +77,7 @@ def test_there_and_back(tmp_path, tied):
     old, new = llama_config(before.config()), llama_config(after.config())
     assert old == new
     assert new.tied_head == tied
-    load_llama(after, new, np.dtype("float32"))
+    frozen.load_language_model(frozen.find("llm", f"hf:{tmp_path / 'converted'}"), np.float32)
 
 
 def test_the_tokenizer_keeps_digits_apart(tmp_path):

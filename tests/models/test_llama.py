@@ -8,7 +8,8 @@ import pytest
 
 from blip2_jax import decoding
 from blip2_jax.models.language import join
-from blip2_jax.models.language.llama import Llama, LlamaConfig, empty_cache, rotate
+from blip2_jax.models.language.decoder import empty_cache
+from blip2_jax.models.language.llama import Llama, LlamaConfig, Rope, rotate
 from blip2_jax.models.layers import causal_mask
 
 CONFIG = LlamaConfig(vocab_size=31, width=24, layers=3, heads=6, kv_heads=2, head_size=4, mlp_width=40)
@@ -63,7 +64,7 @@ def test_a_cache_gives_what_one_pass_gives(model):
 
 def test_rotation_keeps_lengths_and_depends_on_the_difference_of_positions():
     x, y = jax.random.normal(jax.random.key(0), (2, 1, 1, 1, 8))
-    at = lambda x, position: rotate(x, jnp.array([[position]]), 100.0)[0, 0, 0]
+    at = lambda x, position: rotate(x, jnp.array([[position]]), Rope(100.0))[0, 0, 0]
     np.testing.assert_allclose(jnp.linalg.norm(at(x, 7)), jnp.linalg.norm(x), rtol=1e-5)
     np.testing.assert_allclose(at(x, 7) @ at(y, 4), at(x, 13) @ at(y, 10), rtol=1e-4)
     np.testing.assert_allclose(at(x, 0), x[0, 0, 0], rtol=1e-6)

@@ -46,7 +46,7 @@ def every_pass(model, image_embeds, ids, mask):
     return {
         "queries": queries,
         "text": model.encode_text(ids, mask),
-        "pair": model.encode_pair(image, ids, mask),
+        "pair": model.encode_pair(image, ids, mask)[0],
         "decoded": model.decode_text(cache, ids, mask)[0],
     }
 

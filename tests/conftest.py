@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pathlib
 import tempfile
 
 # Before jax starts: eight devices, so that meshes can be tested anywhere.
@@ -18,6 +19,12 @@ from tests import tiny
 jax.config.update("jax_num_cpu_devices", 8)
 # Runs that are resumed and repeated compile the same programs.
 jax.config.update("jax_compilation_cache_dir", tempfile.mkdtemp(prefix="blip2_jax_compiled_"))
+
+
+def pytest_addoption(parser):
+    parity = parser.getgroup("parity", "comparison with the originals (tests/parity)")
+    parity.addoption("--golden", default=str(pathlib.Path(__file__).parent / "golden"), help="folder of golden cases")
+    parity.addoption("--mesh", default="", help='mesh of fake devices, such as "data=2,fsdp=2"; default one device')
 
 
 @pytest.fixture

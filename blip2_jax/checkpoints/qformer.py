@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 
 from blip2_jax import params
-from blip2_jax.checkpoints.mapping import Foreign, as_is, flat, leading, linear
+from blip2_jax.checkpoints.mapping import Foreign, as_is, flat, linear
 from blip2_jax.models.qformer import QFormerConfig
 
 _LAYER = r"qformer/transformer/(?:groups|tail)/layer_\d+/"

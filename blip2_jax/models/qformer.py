@@ -123,13 +123,13 @@ class CrossAttention(nn.Module):
         c = self.config
         head = (c.heads, c.width // c.heads)
         query = nn.DenseGeneral(head, kernel_init=_initializer, dtype=c.dtype, name="query")(x)
-        self.sow("intermediates", "weights", attention_weights(query, image.key))  # Kept only for those who ask.
         return _attend(self, query, image.key, image.value, None, x, deterministic)
 
 
 def _attend(module: nn.Module, query, key, value, mask, residual, deterministic: bool) -> jax.Array:
     """Attention, output projection, dropout, residual and LayerNorm, as submodules of the calling module."""
     c = module.config
+    module.sow("intermediates", "weights", attention_weights(query, key, mask))  # Kept only for those who ask.
     rate = 0.0 if deterministic else c.attention_dropout
     dropout_key = module.make_rng("dropout") if rate else None
     x = dot_product_attention(query, key, value, mask, dropout_rate=rate, dropout_key=dropout_key)

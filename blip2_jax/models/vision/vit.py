@@ -101,7 +101,7 @@ class ViT(nn.Module):
             x = nn.LayerNorm(c.norm_epsilon, dtype=c.dtype, use_fast_variance=False, name="pre_norm")(x)
         blocks = nn.scan(
             nn.remat(Block, prevent_cse=False) if c.remat else Block,
-            variable_axes={"params": 0},
+            variable_axes={"params": 0, "intermediates": 0},
             split_rngs={"params": True},
             length=c.layers,
             unroll=c.unroll,

@@ -1,0 +1,229 @@
+"""Vision towers and stage 1 of LAVIS: what our models compute, by the name of the recorded quantity."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from blip2_jax.checkpoints import bert
+from blip2_jax.models.blip2 import ImageTextModel
+from blip2_jax.models.vision.vit import ViT, resize_positions
+from blip2_jax.objectives import contrastive, matching
+from blip2_jax.objectives.language_modeling import language_modeling_loss, next_token_targets
+from tests.parity import golden
+from tests.parity.golden import Case
+
+# Quantity -> (ours, recorded), or ours alone where the recorded one has its name.
+Quantities = dict[str, np.ndarray | tuple[np.ndarray, np.ndarray]]
+
+
+def _towers(case: Case, kind: str, mesh: Mesh | None) -> Quantities:
+    """A vision tower alone, at its own size and at twice that."""
+    config, dialect, tower = golden.vit(case, kind)
+    encode = lambda module: lambda trees, batch: module.apply({"params": trees["vision"]}, batch["image"])
+    found = {"out": golden.run(encode(ViT(config)), {"vision": tower.parameters}, {"image": case.image("image")}, mesh)}
+    for name in case.inputs:
+        if match := re.fullmatch(r"image(\d+)", name):
+            size = match[1]
+            large = dataclasses.replace(config, image_size=int(size))
+            positions = resize_positions(tower.parameters["positions"], config.image_size, large, dialect.align_corners)
+            parameters = tower.parameters | {"positions": positions}
+            recorded = case.outputs[f"interp{size}.pos_embed"]
+            found[f"interp{size}.pos_embed"] = positions.reshape(recorded.shape)
+            image = {"image": case.image(name)}
+            found[f"interp{size}.out"] = golden.run(encode(ViT(large)), {"vision": parameters}, image, mesh)
+    return found
+
+
+def vit_eva(case: Case, mesh: Mesh | None) -> Quantities:
+    return _towers(case, "eva", mesh)
+
+
+def vit_clip(case: Case, mesh: Mesh | None) -> Quantities:
+    return _towers(case, "clip", mesh)
+
+
+def qformer_init_from_bert(case: Case, mesh: Mesh | None) -> Quantities:
+    """Every parameter that the original takes from BERT, by its LAVIS name; the fresh ones by mean and deviation."""
+    config, fresh = golden.fresh_stage1(case)
+    tree = bert.initialize_qformer(fresh["qformer"], golden.Named(case.weights, "bert/"), config.qformer)
+    ours = golden.lavis_tensors({"qformer": tree}, config)
+    recorded = golden.Named(case.weights, "lavis/")
+    found: Quantities = {}
+    for name, sources in case.meta["source_of_each_param"].items():
+        if name.startswith("Qformer.cls.predictions.decoder."):
+            continue  # Tied to the word embeddings and to cls.predictions.bias.
+        theirs = recorded.read(name)
+        if isinstance(sources, str):  # "fresh: mean ... std ..."
+            spread = float(sources.rpartition(" ")[2])
+            assert ours[name].shape == theirs.shape
+            assert abs(ours[name].std() - spread) <= 0.2 * spread, f"{name}: {ours[name].std()}, expected {spread}"
+            continue
+        same = len(theirs) - any("+1 row" in source for source in sources)  # The row of [DEC] is fresh.
+        found[name] = (ours[name][:same], theirs[:same])
+    return found
+
+
+def stage1_ws1(case: Case, mesh: Mesh | None) -> Quantities:
+    """The three objectives of stage 1 with the recorded negatives, forward."""
+    encoder, _, tower = golden.vit(case, prefix="visual_encoder.")
+    _, built = golden.stage1(case)
+    smoothing = case.architecture["stage1"]["label_smoothing"]
+    batch = {
+        "image": case.image("image"),
+        "ids": case.inputs["input_ids"],
+        "mask": case.inputs["attention_mask"],
+        "decoder_ids": case.inputs["decoder_input_ids"],
+        "negative_image": case.inputs["neg_image_idx"],
+        "negative_text": case.inputs["neg_text_idx"],
+    }
+    if "image_id" in case.inputs:
+        batch["image_id"] = case.inputs["image_id"]
+
+    def objectives(model: ImageTextModel, image_embeds, batch) -> Quantities:
+        ids, mask = batch["ids"], batch["mask"].astype(bool)
+        rows = jnp.arange(len(ids))
+        identity = jnp.stack([batch.get("image_id", rows), jnp.zeros_like(rows)], -1).astype(jnp.uint32)
+        own = jnp.stack([rows, rows + 1], -1).astype(jnp.uint32)
+        real = jnp.ones(len(ids), bool)
+        tokens = model.ln_vision(image_embeds)
+        image = model.project_image(image_embeds)
+        seen, text_output = model.image_features(image), model.qformer.encode_text(ids, mask)
+        text_features = model.text_features(ids, mask)
+        similarity = contrastive.similarities(seen.features, text_features)
+        same = contrastive.same_pairs(identity, own, real)
+        itc = contrastive.contrastive_loss(similarity, model.temperature, same, real, smoothing)
+
+        images = jnp.concatenate([rows, batch["negative_image"], rows])
+        texts = jnp.concatenate([rows, rows, batch["negative_text"]])
+        chosen = jax.tree.map(lambda x: x[:, images], image)
+        pair = model.qformer.encode_pair(chosen, ids[texts], mask[texts])
+        logits = model.match(chosen, ids[texts], mask[texts])
+        labels = jnp.repeat(jnp.array([1, 0, 0]), len(ids), total_repeat_length=3 * len(ids))
+        itm = matching.matching_loss(logits, labels, jnp.ones(len(labels))).loss
+
+        features, matrix, bias = model.caption_features(seen.cache, batch["decoder_ids"], mask)
+        targets, targeted = next_token_targets(batch["decoder_ids"], mask)
+        total, count = language_modeling_loss(features, matrix, bias, targets, targeted, label_smoothing=smoothing)
+        weights = lambda scores: jax.nn.softmax(jnp.where(same, -jnp.inf, scores / model.temperature), axis=-1)
+        return {
+            "vit_output": image_embeds,
+            "image_embeds": tokens,
+            "query_output": seen.query_output,
+            "text_output": text_output,
+            "image_feats": seen.features,
+            "text_feat": text_features,
+            "sim_i2t": similarity / model.temperature,
+            "sim_t2i": similarity.T / model.temperature,
+            "weights_i2t": weights(similarity),
+            "weights_t2i": weights(similarity.T),
+            "itm_output": jnp.concatenate(pair, axis=1),
+            "itm_logits": logits,
+            "lm_logits": features @ matrix.T + bias,
+            "past": _layer_caches(seen.cache),
+            "loss_itc": itc,
+            "loss_itm": itm,
+            "loss_lm": total / count,
+            "loss": itc + itm + total / count,
+        }
+
+    def forward(trees, batch):
+        embeds = ViT(encoder).apply({"params": trees["vision"]}, batch["image"])
+        return built.module.apply({"params": trees["trainable"]}, embeds, batch, method=objectives)
+
+    trees = {"vision": tower.parameters, "trainable": built.parameters}
+    found = golden.run(forward, trees, batch, mesh)
+    for layer, (key, value) in enumerate(found.pop("past")):
+        found |= {f"past_key.{layer}": key.swapaxes(1, 2), f"past_value.{layer}": value.swapaxes(1, 2)}
+    return found
+
+
+def _layer_caches(cache) -> list:
+    """The keys and values of a Q-Former cache, layer by layer."""
+    groups = len(cache.groups[0].key) if cache.groups else 0
+    scanned = [jax.tree.map(lambda x, g=g: x[g], layer) for g in range(groups) for layer in cache.groups]
+    return [*scanned, *cache.tail]
+
+
+stage1_ws1_image_id_unfrozen = stage1_ws1
+
+
+def stage1_inference(case: Case, mesh: Mesh | None) -> Quantities:
+    """Heads and features of stage 1 alone, and retrieval scores."""
+    encoder, _, tower = golden.vit(case, prefix="visual_encoder.")
+    _, built = golden.stage1(case)
+    i = case.inputs
+    trees = {"vision": tower.parameters, "trainable": built.parameters}
+    batch = {name: i[name] for name in i if name.endswith(("input_ids", "attention_mask")) and "retr" not in name}
+    batch = {"image": case.image("image")} | batch
+
+    def passes(model: ImageTextModel, image_embeds, batch) -> Quantities:
+        image = model.project_image(image_embeds)
+        seen = model.image_features(image)
+        itm = batch["itm_input_ids"], batch["itm_attention_mask"].astype(bool)
+        text = batch["features_input_ids"], batch["features_attention_mask"].astype(bool)
+        encoded = model.qformer.encode_text(*text)
+        decoder_ids = batch["unilm_decoder_input_ids"]
+        features, matrix, bias = model.caption_features(seen.cache, decoder_ids, jnp.ones(decoder_ids.shape, bool))
+        return {
+            "itm_logit": model.match(image, *itm),
+            "itc_sim": (seen.features * model.text_features(*itm)[:, None]).sum(-1).max(-1, keepdims=True),
+            "features_image.image_embeds": seen.query_output,
+            "features_image.image_embeds_proj": seen.features,
+            "features_text.text_embeds": encoded,
+            "features_text.text_embeds_proj": unit(model.text_proj(encoded)),
+            "features_multimodal.multimodal_embeds": model.qformer.encode_pair(image, *text)[0],
+            "unilm_logits": features @ matrix.T + bias,
+            "retr_image_feats": seen.features,
+        }
+
+    def forward(trees, batch):
+        embeds = ViT(encoder).apply({"params": trees["vision"]}, batch["image"])
+        return built.module.apply({"params": trees["trainable"]}, embeds, batch, method=passes)
+
+    text = {"ids": i["retr_input_ids"], "mask": i["retr_attention_mask"].astype(bool)}
+    read = lambda trees, batch: built.module.apply(
+        {"params": trees["trainable"]}, batch["ids"], batch["mask"], method="text_features"
+    )
+    found = golden.run(forward, trees, batch, mesh)
+    found["retr_text_feat"] = golden.run(read, trees, text, mesh)
+    found["retr_sims_i2t"] = np.einsum("iqe,te->itq", found["retr_image_feats"], found["retr_text_feat"]).max(-1)
+    found |= _reranked(case, found["retr_sims_i2t"], encoder, built, trees, mesh)
+    return found
+
+
+def _reranked(case: Case, similarity: np.ndarray, encoder, built, trees, mesh) -> Quantities:
+    """The retrieval score of the original: cosine + matching logit for the first k, -100 for the rest."""
+    i, k = case.inputs, case.meta["k_test"]
+
+    def match(trees, batch):
+        embeds = ViT(encoder).apply({"params": trees["vision"]}, batch["image"])
+        projected = built.module.apply({"params": trees["trainable"]}, embeds, method="project_image")
+        return built.module.apply(
+            {"params": trees["trainable"]}, projected, batch["ids"], batch["mask"], method="match"
+        )
+
+    def scores(similarity: np.ndarray, pair) -> np.ndarray:
+        result = np.full(similarity.shape, -100.0, np.float32)
+        for row, line in enumerate(similarity):
+            for column in np.argsort(-line)[:k]:
+                image, text = pair(row, column)
+                one = {
+                    "image": case.image("image")[image : image + 1],
+                    "ids": i["retr_input_ids"][text : text + 1],
+                    "mask": i["retr_attention_mask"][text : text + 1].astype(bool),
+                }
+                result[row, column] = line[column] + golden.run(match, trees, one, mesh)[0, 1]
+        return result
+
+    by_image = scores(similarity, lambda row, column: (row, column))
+    return {"retr_score_i2t": by_image, "retr_score_t2i": scores(similarity.T, lambda row, column: (column, row))}
+
+
+def unit(x: jax.Array) -> jax.Array:
+    return x / jnp.linalg.norm(x, axis=-1, keepdims=True)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from blip2_jax.checkpoints import mapping
 from blip2_jax.models.blip2 import ImageTextModel
 from blip2_jax.models.language.t5 import T5
 from blip2_jax.models.layers import causal_mask
@@ -205,26 +207,58 @@ def _put(prompt, embeds, is_image):
     return jnp.where(is_image[..., None], jnp.take_along_axis(prompt, place[..., None], axis=1), embeds)
 
 
-def conditional_generation(case: Case, mesh: Mesh | None) -> Quantities:
-    """Blip2ForConditionalGeneration, InstructBlipForConditionalGeneration and Blip2Model."""
+def _whole_model(case: Case) -> tuple[Model, dict[str, np.ndarray]]:
+    """Model and batch of a case with a loss."""
     model = _model(case, instruct="qformer_input_ids" in case.inputs)
     names = ("input_ids", "attention_mask", "labels", "labels_prompt_masked")
     batch = {"image": case.image("pixel_values")} | {name: case.inputs[name] for name in names if name in case.inputs}
     if "qformer_input_ids" in case.inputs:
         batch["instruction_ids"] = case.inputs["qformer_input_ids"]
         batch["instruction_mask"] = case.inputs["qformer_attention_mask"]
+    return model, batch
 
-    def forward(trees, batch):
-        prompt, inner = _soft_prompt(model, trees, batch)
-        is_image = batch["input_ids"] == case.config["image_token_index"]
-        embeds = _put(prompt, _embed(model, trees, batch["input_ids"]), is_image)
-        mask = batch["attention_mask"]
-        if isinstance(model.language.module, T5):
-            return _encoder_decoder(model, trees, embeds, mask, batch["labels"]), prompt, inner
-        losses = {"loss": "labels", "loss_prompt_masked": "labels_prompt_masked"}
-        labels = {loss: batch[name] for loss, name in losses.items() if name in batch}
-        return _causal(model, trees, embeds, mask, labels), prompt, inner
 
+def _whole_forward(case: Case, model: Model, trees, batch) -> tuple[Quantities, Any, dict[str, Any]]:
+    """What the language model says, the soft prompt, and what the modules before it said."""
+    prompt, inner = _soft_prompt(model, trees, batch)
+    is_image = batch["input_ids"] == case.config["image_token_index"]
+    embeds = _put(prompt, _embed(model, trees, batch["input_ids"]), is_image)
+    mask = batch["attention_mask"]
+    if isinstance(model.language.module, T5):
+        return _encoder_decoder(model, trees, embeds, mask, batch["labels"]), prompt, inner
+    losses = {"loss": "labels", "loss_prompt_masked": "labels_prompt_masked"}
+    labels = {loss: batch[name] for loss, name in losses.items() if name in batch}
+    return _causal(model, trees, embeds, mask, labels), prompt, inner
+
+
+def whole_gradients(case: Case, mesh: Mesh | None) -> Quantities:
+    """Gradients of the loss by every parameter, nothing frozen, by their names in transformers.
+
+    Left out are the biases of attention keys, whose gradient is zero but for noise.
+    """
+    model, batch = _whole_model(case)
+    loss = lambda trees, batch: _whole_forward(case, model, trees, batch)[0]["loss"]
+    gradients = golden.run(jax.grad(loss), model.trees, batch, mesh)
+    tower = golden.vit(case)[2]
+    parts = {"vision": tower, "trainable": model.prompter, "language": model.language}
+    found: Quantities = {}
+    for part, built in parts.items():
+        for name, gradient in mapping.export(gradients[part], built.mapped):
+            recorded = case.gradients[name]
+            if name.endswith("qkv.bias"):
+                query_and_value = np.delete(
+                    np.arange(len(gradient)), np.s_[len(gradient) // 3 : len(gradient) // 3 * 2]
+                )
+                gradient, recorded = gradient[query_and_value], recorded[query_and_value]
+            if not name.endswith((".key.bias", ".k_proj.bias")):
+                found[name] = (gradient, recorded)
+    return found
+
+
+def conditional_generation(case: Case, mesh: Mesh | None) -> Quantities:
+    """Blip2ForConditionalGeneration, InstructBlipForConditionalGeneration and Blip2Model."""
+    model, batch = _whole_model(case)
+    forward = lambda trees, batch: _whole_forward(case, model, trees, batch)
     says, prompt, inner = golden.run(forward, model.trees, batch, mesh)
     mask, recorded = batch["attention_mask"], case.outputs
     found: Quantities = {name: says[name] for name in says if name.startswith("loss") and name in recorded}

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from safetensors.numpy import load_file
 
 from blip2_jax import params
 from blip2_jax.checkpoints import language, mapping, qformer, vision
@@ -45,6 +46,10 @@ class Case:
     @functools.cached_property
     def outputs(self) -> dict[str, np.ndarray]:
         return self._arrays("outputs.npz")
+
+    @functools.cached_property
+    def gradients(self) -> dict[str, np.ndarray]:
+        return load_file(self.path / "grads.safetensors")
 
     @functools.cached_property
     def meta(self) -> dict[str, Any]:

@@ -1,0 +1,74 @@
+"""PyTorch files (.pth, .bin): LAVIS's checkpoints, and Hugging Face directories from before safetensors.
+
+They are pickles. They are never unpickled otherwise than with weights_only=True, which runs no code of theirs, and are
+mapped into memory, so that a tensor is read from disk when it is asked for.
+"""
+
+from __future__ import annotations
+
+import pathlib
+import pickle
+from collections.abc import Mapping
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+# Where programs keep the tensors among other things.
+_NESTED = ("model", "state_dict", "module")
+
+
+class TorchFile:
+    """The tensors of one or several PyTorch files, by name."""
+
+    def __init__(self, *files: pathlib.Path):
+        self.files = list(files)
+        self.where = ", ".join(map(str, files))
+        self._tensors: dict[str, Any] = {}
+        for file in files:
+            self._tensors |= _open(file)
+
+    def names(self) -> list[str]:
+        return list(self._tensors)
+
+    def read(self, name: str) -> np.ndarray:
+        tensor = self._tensors[name].detach()
+        if str(tensor.dtype) == "torch.bfloat16":  # numpy knows it by another name only.
+            return tensor.view(_torch().int16).numpy().view(ml_dtypes.bfloat16)
+        return tensor.numpy()
+
+
+def _torch():
+    try:
+        import torch  # Needed for these files alone.
+    except ImportError as error:
+        raise ValueError("reading PyTorch files needs torch: pip install 'blip2_jax[torch]'") from error
+    return torch
+
+
+def _open(file: pathlib.Path) -> Mapping[str, Any]:
+    if not file.exists():
+        raise FileNotFoundError(f"{file} does not exist")
+    torch = _torch()
+    load = lambda **options: torch.load(file, map_location="cpu", weights_only=True, **options)
+    try:
+        try:
+            content = load(mmap=True)
+        except RuntimeError as error:
+            if "mmap can only be used" not in str(error):
+                raise
+            content = load()  # A file of torch 1.5 or older cannot be mapped.
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{file} holds more than tensors, or is no PyTorch file, and is not opened: unpickling it could run code "
+            f"({str(error).splitlines()[0]})"
+        ) from error
+    except (RuntimeError, EOFError, OSError) as error:
+        raise ValueError(f"{file} is truncated or not a PyTorch file: {str(error).splitlines()[0]}") from error
+    for name in _NESTED:
+        if isinstance(content, Mapping) and isinstance(content.get(name), Mapping):
+            content = content[name]
+    tensors = {name: value for name, value in content.items() if isinstance(value, torch.Tensor)}
+    if not tensors:
+        raise ValueError(f"{file} holds no tensors by name, neither itself nor under {', '.join(_NESTED)}")
+    return tensors

@@ -70,6 +70,7 @@ def nano() -> ConfigDict:
     config.optimizer = ConfigDict()
     config.optimizer.learning_rate = 5e-4
     config.optimizer.fresh_multiplier = 4.0  # For what no checkpoint provides.
+    config.optimizer.text_multiplier = 1.0  # For what reads text alone; below 1 unseen words keep more of their sense.
     config.optimizer.warmup = 0.15
     config.optimizer.final_share = 0.05
     config.optimizer.beta1 = 0.9
@@ -81,6 +82,7 @@ def nano() -> ConfigDict:
     config.evaluation = ConfigDict()
     config.evaluation.batch_size = 64
     config.evaluation.rerank = 4  # Candidates of each query that ITM judges again; 0: none.
+    config.evaluation.rerank_rule = "posterior"  # Or "lavis"; see blip2_jax/evaluation/retrieval.py, both_heads.
     return config
 
 

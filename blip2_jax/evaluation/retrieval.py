@@ -1,8 +1,4 @@
-"""Image-text retrieval: recall at 1, 5 and 10, by ITC alone and with the best candidates judged again by ITM.
-
-As the original (LAVIS, compute_sim_matrix): each query's k best candidates by cosine are re-ranked by the ITM logit
-plus the cosine; the rest keep their place behind them.
-"""
+"""Image-text retrieval: recall at 1, 5 and 10, by ITC alone and with the best candidates judged again by ITM."""
 
 from __future__ import annotations
 
@@ -66,26 +62,51 @@ def chance(relevant: np.ndarray) -> Directions:
     return {"text_to_image": expected(relevant.T), "image_to_text": expected(relevant)}
 
 
+def both_heads(logits: np.ndarray, cosines: np.ndarray, temperature: float, rule: str) -> np.ndarray:
+    """How well images and captions fit by ITM and ITC together.
+
+    ITM learns to tell pairs from hard negatives, which ITC's own softmax has drawn. Against negatives of density q a
+    classifier's log-odds are log p/q, so they say what ITC does *not* know, and p itself is the log-odds plus log q:
+    cosine / temperature, up to what all candidates share. That is the rule "posterior". The rule "lavis" is the
+    original's (compute_sim_matrix): the logit of a match plus the cosine, which hardly counts beside it.
+
+    Args:
+      logits: float[B, 2], of {no match, match}.
+      cosines: float[B], of the query that fits best.
+      temperature: of ITC.
+      rule: "posterior" or "lavis".
+
+    Returns:
+      float[B].
+    """
+    if rule == "posterior":
+        return logits[:, 1] - logits[:, 0] + cosines / temperature
+    if rule == "lavis":
+        return logits[:, 1] + cosines
+    raise ValueError(f"evaluation.rerank_rule = {rule!r}: expected posterior or lavis")
+
+
 def rerank(
-    scores: np.ndarray, match: Callable[[np.ndarray, np.ndarray], np.ndarray], top: int, batch_size: int, label: str
+    scores: np.ndarray, judge: Callable[[np.ndarray, np.ndarray], np.ndarray], top: int, batch_size: int, label: str
 ) -> np.ndarray:
-    """Judge each row's `top` candidates by `match` and put them, in its order, before the others.
+    """Judge each row's `top` candidates and put them, in the new order, before the others.
 
     Args:
       scores: float[N, M], cosines.
-      match: int[B] rows, int[B] columns -> float[B], ITM logits of a match.
+      judge: int[B] rows, int[B] columns -> float[B], such as `both_heads` of those pairs.
       top: k.
-      batch_size: B; `match` always gets full batches.
+      batch_size: B; `judge` always gets full batches.
 
     Returns:
-      float[N, M]: logit + cosine of the judged, cosine - 100 of the rest.
+      float[N, M]: the judgement, and for the rest the cosine, less more than any judgement can be.
     """
     rows, columns = scores.shape
     top = min(top, columns)
     chosen = ranking(scores)[:, :top]
     row, column = np.repeat(np.arange(rows), top), chosen.reshape(-1)
-    result = scores - 100.0
-    result[row, column] = scores[row, column] + in_batches(match, (row, column), batch_size, label)
+    judged = in_batches(judge, (row, column), batch_size, label)
+    result = scores + judged.min() - 10.0
+    result[row, column] = judged
     return result
 
 

@@ -32,6 +32,8 @@ FRESH = (
     r"(ln_vision|vision_proj|text_proj|itm_head|language_projection)/.*",
     r"temperature",
 )
+# What reads text and nothing else.
+TEXT = (r"qformer/(word|position)_embeddings/.*", r".*/text_mlp/.*")
 
 
 class Task(abc.ABC):
@@ -145,7 +147,8 @@ class Task(abc.ABC):
     def rate_table(self, trainable: params.Tree) -> params.Table[float]:
         """Multipliers of the learning rate."""
         paths = params.flatten(trainable)
-        rows = [(row, self.config.optimizer.fresh_multiplier) for row in FRESH]
+        config = self.config.optimizer
+        rows = [(row, config.fresh_multiplier) for row in FRESH] + [(row, config.text_multiplier) for row in TEXT]
         rows = [row for row in rows if any(re.fullmatch(row[0], path) for path in paths)]
         return [*rows, (r".*", 1.0)]
 

@@ -174,7 +174,7 @@ class Stage1(Task):
 
     def _match(self, trainable, image_embeds, ids, mask):
         def method(model, image_embeds, ids, mask):
-            return model.match(model.project_image(image_embeds), ids, mask)[:, 1]
+            return model.match(model.project_image(image_embeds), ids, mask)
 
         return self.model.apply({"params": trainable}, image_embeds.astype(jnp.float32), ids, mask, method=method)
 
@@ -197,11 +197,16 @@ class Stage1(Task):
         text_features = in_batches(encode, (ids, mask), size, "captions")
         scores = np.einsum("iqe,te->itq", features, text_features).max(-1)
         recalls = {"itc": retrieval.both_directions(scores, gallery.relevant)}
-        top = self.config.evaluation.rerank
+        top, rule = self.config.evaluation.rerank, self.config.evaluation.rerank_rule
         if top and self.config.objective.itm:
-            match = lambda i, t: np.asarray(self._match_logits(trainable, embeds[i], ids[t], mask[t]))
-            image_scores = retrieval.rerank(scores, match, top, size, "ITM, captions of an image")
-            text_scores = retrieval.rerank(scores.T, lambda t, i: match(i, t), top, size, "ITM, images of a caption")
+            temperature = float(trainable["temperature"])
+
+            def judge(image: np.ndarray, text: np.ndarray) -> np.ndarray:
+                logits = np.asarray(self._match_logits(trainable, embeds[image], ids[text], mask[text]))
+                return retrieval.both_heads(logits, scores[image, text], temperature, rule)
+
+            image_scores = retrieval.rerank(scores, judge, top, size, "ITM, captions of an image")
+            text_scores = retrieval.rerank(scores.T, lambda t, i: judge(i, t), top, size, "ITM, images of a caption")
             recalls["itm"] = retrieval.both_directions(image_scores, gallery.relevant, text_scores)
         metrics = {f"retrieval/{path}": value for path, value in params.flatten(recalls).items()}
         keys = [example["key"] for example in examples]

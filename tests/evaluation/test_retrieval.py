@@ -47,19 +47,33 @@ def test_captions_that_several_pictures_share_count_once():
 
 @pytest.mark.parametrize("top", [1, 3, 50])
 def test_reranking_moves_the_judged_before_the_others(rng, top):
-    scores, logits = rng.uniform(-1, 1, (7, 9)), rng.normal(size=(7, 9))
+    scores, judgement = rng.uniform(-1, 1, (7, 9)), 50 * rng.normal(size=(7, 9))
     sizes = []
 
-    def match(rows, columns):
+    def judge(rows, columns):
         sizes.append(len(rows))
-        return logits[rows, columns]
+        return judgement[rows, columns]
 
-    again = retrieval.rerank(scores, match, top, 4, "test")
+    again = retrieval.rerank(scores, judge, top, 4, "test")
     assert set(sizes) == {4}
     for row in range(7):
         best = np.argsort(-scores[row])[:top]
-        expected = [*sorted(best, key=lambda i: -(logits + scores)[row, i]), *np.argsort(-scores[row])[top:]]
+        expected = [*sorted(best, key=lambda i: -judgement[row, i]), *np.argsort(-scores[row])[top:]]
         assert np.argsort(-again[row]).tolist() == expected
+
+
+def test_a_classifier_against_hard_negatives_and_what_drew_them_make_the_posterior(rng):
+    temperature, cosines = 0.07, rng.uniform(-1, 1, 12)
+    truth = rng.dirichlet(np.ones(12))
+    drawn = np.exp(cosines / temperature) / np.exp(cosines / temperature).sum()
+    log_odds = np.log(truth / drawn)  # What the best classifier says when positives are `truth`, negatives `drawn`.
+    logits = np.stack([-log_odds, np.zeros(12)], axis=1) + rng.normal(size=(12, 1))
+    found = retrieval.both_heads(logits, cosines, temperature, "posterior")
+    assert np.argsort(found).tolist() == np.argsort(truth).tolist()
+    assert np.argsort(log_odds).tolist() != np.argsort(truth).tolist()
+    np.testing.assert_allclose(retrieval.both_heads(logits, cosines, temperature, "lavis"), logits[:, 1] + cosines)
+    with pytest.raises(ValueError, match="rerank_rule = 'best': expected posterior or lavis"):
+        retrieval.both_heads(logits, cosines, temperature, "best")
 
 
 def test_the_nearest_neighbour_copies_and_retrieves():

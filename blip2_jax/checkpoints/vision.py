@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+import numpy as np
+
 from blip2_jax import params
-from blip2_jax.checkpoints.mapping import Foreign, as_is, convolution, flat, leading, linear
-from blip2_jax.models.vision.vit import ViTConfig
+from blip2_jax.checkpoints import mapping
+from blip2_jax.checkpoints.mapping import Foreign, Report, Tensors, as_is, convolution, flat, leading, linear
+from blip2_jax.models.vision.vit import ViT, ViTConfig, resize_positions
 
 # What CLIP was trained with, and EVA-CLIP and BLIP-2 after it.
 CLIP_MEAN = tuple(255 * mean for mean in (0.48145466, 0.4578275, 0.40821073))
@@ -200,3 +206,65 @@ def vit_config(config: dict[str, Any], **changes: Any) -> tuple[ViTConfig, Diale
             "clip_vision_model or siglip_vision_model"
         )
     return ViTConfig(**(fields | changes)), dialect
+
+
+def lavis_config(tensors: Tensors, **changes: Any) -> tuple[ViTConfig, Dialect]:
+    """Sizes and dialect of a tower in LAVIS's names, from the shapes of its tensors; `changes` replace single fields.
+
+    Raises:
+      ValueError: neither EVA-CLIP ViT-g nor CLIP ViT-L.
+    """
+    known = set(tensors.names())
+    eva = "patch_embed.proj.weight" in known
+    dialect = LAVIS_EVA if eva else LAVIS_CLIP
+    width, _, patch, _ = tensors.read(f"{dialect.patch}.weight").shape
+    tokens = tensors.read(dialect.positions).shape[-2]
+    if (eva, width) not in ((True, 1408), (False, 1024)) and "heads" not in changes:
+        raise ValueError(
+            f"{tensors.where}: a ViT of width {width} is neither EVA-CLIP ViT-g (1408) nor CLIP ViT-L (1024)"
+        )
+    blocks = 1 + max(
+        int(name.removeprefix(f"{dialect.layers}.").partition(".")[0]) for name in known if dialect.layers in name
+    )
+    fields = {
+        "image_size": math.isqrt(tokens - 1) * patch,
+        "patch": patch,
+        "width": width,
+        "layers": min(blocks, 39 if eva else 23),
+        "heads": 16,
+        "mlp_width": len(tensors.read(f"{dialect.layers}.0.{dialect.up}.bias")),
+        "activation": "gelu" if eva else "quick_gelu",
+        "norm_epsilon": 1e-6 if eva else 1e-5,
+        "patch_bias": eva,
+        "pre_norm": not eva,
+    }
+    return ViTConfig(**(fields | changes)), dialect
+
+
+def load(
+    tensors: Tensors, config: ViTConfig, dialect: Dialect, image_size: int, dtype: Any
+) -> tuple[ViTConfig, dict, Report]:
+    """Read a tower and fit its position embedding to pictures of another size.
+
+    Args:
+      tensors: of the tower alone.
+      config, dialect: of the file.
+      image_size: the side of the pictures that will come.
+      dtype: of the parameters.
+
+    Returns:
+      The config for that size, the tree of `ViT`, and what was found in the file.
+    """
+    image = jax.ShapeDtypeStruct((1, config.image_size, config.image_size, 3), jnp.float32)
+    shapes = jax.eval_shape(lambda image: ViT(config).init(jax.random.key(0), image)["params"], image)
+    template = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), shapes)
+    mapped = mapping.resolve(template, table(dialect, config), lambda path: layers_of(config, path))
+    resized = dataclasses.replace(config, image_size=image_size)
+
+    def put(path: str, array: np.ndarray) -> jax.Array:
+        if path == "positions":
+            array = resize_positions(array, config.image_size, resized, dialect.align_corners)
+        return jnp.asarray(array)
+
+    tree = mapping.load(template, mapped, tensors, put)
+    return resized, tree, mapping.account(tensors.names(), mapping.names(mapped), dialect.aside)

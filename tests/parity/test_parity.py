@@ -98,7 +98,9 @@ def test_case(folder, group, mesh, request):
         assert ours.shape == recorded.shape, f"{name}: shape {ours.shape}, recorded {recorded.shape}"
         absolute, relative = tolerance(case, group, name)
         error = np.abs(ours - recorded)
-        lines.append(f"{name}: largest error {error.max():.1e}, allowed {absolute + relative * np.abs(recorded).max():.0e}")
+        lines.append(
+            f"{name}: largest error {error.max():.1e}, allowed {absolute + relative * np.abs(recorded).max():.0e}"
+        )
         if not error.max() <= absolute + relative * np.abs(recorded).max():
             wrong.append(lines[-1])
     print("\n".join(lines))

@@ -87,17 +87,18 @@ def nano() -> ConfigDict:
 
 
 def nano_long() -> ConfigDict:
-    """The same parts until they converge: more views, half of the batch's rows in ITM and ITG, BERT's dropout."""
+    """The same parts until they converge: larger pictures, more views, BERT's dropout, slow words."""
     config = nano()
     config.total_steps = 1200
     config.checkpoint_every = 50
     config.log_every = 10
-    config.eval_every = 200
+    config.eval_every = 300
+    config.image_size = 224
     config.data.feature_views = 12
     config.data.max_text_tokens = 12
     config.model.dropout = 0.1
+    config.objective.itm_share = 0.25
     config.optimizer.learning_rate = 3e-4
-    config.objective.itm_share = 0.5
-    config.objective.itg_share = 0.5
+    config.optimizer.text_multiplier = 0.1
     config.evaluation.rerank = 16
     return config

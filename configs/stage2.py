@@ -86,10 +86,11 @@ def nano() -> ConfigDict:
 def nano_long() -> ConfigDict:
     """The same parts until they converge."""
     config = nano()
-    config.total_steps = 3000
+    config.total_steps = 2000
     config.checkpoint_every = 50
     config.log_every = 10
     config.eval_every = 500
+    config.image_size = 224
     config.data.feature_views = 12
     config.model.dropout = 0.1
     config.optimizer.learning_rate = 1.5e-4

@@ -1,7 +1,7 @@
 """Stage 1: ITC + ITM + ITG.
 
 python -m blip2_jax.main --config=configs/stage1.py --workdir=DIR              # nano: minutes on two cores
-python -m blip2_jax.main --config=configs/stage1.py:nano_long --workdir=DIR    # until it converges: hours there
+python -m blip2_jax.main --config=configs/stage1.py:nano_long --workdir=DIR    # hours there
 """
 
 from ml_collections import ConfigDict
@@ -82,12 +82,12 @@ def nano() -> ConfigDict:
     config.evaluation = ConfigDict()
     config.evaluation.batch_size = 64
     config.evaluation.rerank = 4  # Candidates of each query that ITM judges again; 0: none.
-    config.evaluation.rerank_rule = "posterior"  # Or "lavis"; see blip2_jax/evaluation/retrieval.py, both_heads.
+    config.evaluation.rerank_rule = "posterior"  # Or "lavis"; see blip2_jax/evaluation/retrieval.py.
     return config
 
 
 def nano_long() -> ConfigDict:
-    """The same parts until they converge: larger pictures, more views, BERT's dropout, slow words."""
+    """The same parts for hours: larger pictures, more views, BERT's dropout, slow words."""
     config = nano()
     config.total_steps = 1200
     config.checkpoint_every = 50

@@ -100,8 +100,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         body = _body(curves, splits, samples, looks)
         if options.started is not None:
             summary["seconds"] = time.time() - options.started
-        report.write(options.output / "report.html", options.title, body)
-        files.write_json(options.output / "summary.json", summary)
+        with files.clear_about_full_disk(options.output, "make room, or choose another --output"):
+            report.write(options.output / "report.html", options.title, body)
+            files.write_json(options.output / "summary.json", summary)
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
     print(comparison.text(splits))

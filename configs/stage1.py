@@ -1,7 +1,7 @@
 """Stage 1: ITC + ITM + ITG.
 
 python -m blip2_jax.main --config=configs/stage1.py --workdir=DIR              # nano: minutes on two cores
-python -m blip2_jax.main --config=configs/stage1.py:nano_long --workdir=DIR    # until it converges: hours there
+python -m blip2_jax.main --config=configs/stage1.py:nano_long --workdir=DIR    # hours there
 """
 
 from ml_collections import ConfigDict
@@ -82,22 +82,23 @@ def nano() -> ConfigDict:
     config.evaluation = ConfigDict()
     config.evaluation.batch_size = 64
     config.evaluation.rerank = 4  # Candidates of each query that ITM judges again; 0: none.
-    config.evaluation.rerank_rule = "posterior"  # Or "lavis"; see blip2_jax/evaluation/retrieval.py, both_heads.
+    config.evaluation.rerank_rule = "posterior"  # Or "lavis"; see blip2_jax/evaluation/retrieval.py.
     return config
 
 
 def nano_long() -> ConfigDict:
-    """The same parts until they converge: more views, half of the batch's rows in ITM and ITG, BERT's dropout."""
+    """The same parts for hours: larger pictures, more views, BERT's dropout, slow words."""
     config = nano()
     config.total_steps = 1200
     config.checkpoint_every = 50
     config.log_every = 10
-    config.eval_every = 200
+    config.eval_every = 300
+    config.image_size = 224
     config.data.feature_views = 12
     config.data.max_text_tokens = 12
     config.model.dropout = 0.1
+    config.objective.itm_share = 0.25
     config.optimizer.learning_rate = 3e-4
-    config.objective.itm_share = 0.5
-    config.objective.itg_share = 0.5
+    config.optimizer.text_multiplier = 0.1
     config.evaluation.rerank = 16
     return config

@@ -68,7 +68,6 @@ def nano() -> ConfigDict:
     config.optimizer = ConfigDict()
     config.optimizer.learning_rate = 2.5e-4
     config.optimizer.fresh_multiplier = 4.0
-    config.optimizer.text_multiplier = 1.0  # For what reads text alone; below 1 unseen words keep more of their sense.
     config.optimizer.warmup = 0.1
     config.optimizer.final_share = 0.05
     config.optimizer.beta1 = 0.9
@@ -84,12 +83,13 @@ def nano() -> ConfigDict:
 
 
 def nano_long() -> ConfigDict:
-    """The same parts until they converge."""
+    """The same parts for hours: larger pictures, more views, BERT's dropout."""
     config = nano()
-    config.total_steps = 3000
+    config.total_steps = 2000
     config.checkpoint_every = 50
     config.log_every = 10
     config.eval_every = 500
+    config.image_size = 224
     config.data.feature_views = 12
     config.model.dropout = 0.1
     config.optimizer.learning_rate = 1.5e-4

@@ -1,5 +1,8 @@
 """Files appear whole or not at all."""
 
+import errno
+import os
+
 import pytest
 
 from blip2_jax import files
@@ -33,12 +36,20 @@ def test_room_is_asked_of_the_disk_that_will_be_written(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_full_disk_is_called_by_its_name(tmp_path):
-    with (
-        pytest.raises(OSError, match=r"a disk is full, at work in .*: .*No space left.*; buy another"),
-        files.clear_about_full_disk(tmp_path, "buy another"),
-        open("/dev/full", "w") as stream,
-    ):
-        stream.write("one byte too many")
-    with pytest.raises(OSError, match="another trouble"), files.clear_about_full_disk(tmp_path, ""):
-        raise OSError("another trouble")
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "some/file"),
+        ValueError(f"RESOURCE_EXHAUSTED: some/file: {os.strerror(errno.ENOSPC)} [os_error_code='28']"),
+    ],
+    ids=["Python's", "Orbax's"],
+)
+def test_a_full_disk_is_called_by_its_name(tmp_path, error):
+    message = r"a disk is full, at work in .*some/file.*; buy another"
+    with pytest.raises(OSError, match=message), files.clear_about_full_disk(tmp_path, "buy another"):
+        raise error
+
+
+def test_other_troubles_keep_their_name(tmp_path):
+    with pytest.raises(ValueError, match=r"^another trouble$"), files.clear_about_full_disk(tmp_path, "buy another"):
+        raise ValueError("another trouble")

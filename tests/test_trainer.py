@@ -1,5 +1,6 @@
 """Runs from end to end, on tiny models: resumed runs end with the same numbers, frozen weights stay frozen."""
 
+import errno
 import json
 import os
 import pathlib
@@ -91,6 +92,36 @@ def test_interrupted_twice_it_ends_as_if_undisturbed(folder, request, stage):
     for row in read_metrics(undisturbed / "metrics.jsonl"):
         for name, value in row.items():
             assert name.startswith("timing/") or rows[row["step"]][name] == value
+
+
+def test_a_full_disk_ends_it_clearly_and_room_lets_it_go_on(folder, stage1, monkeypatch):
+    workdir = folder / "stage1_full_disk"
+    write = trainer.MetricsWriter.write
+
+    def full(self, step, values):
+        if step == 4:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "metrics.jsonl")
+        write(self, step, values)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.MetricsWriter, "write", full)
+        with pytest.raises(OSError, match=r"a disk is full, at work in .*metrics.jsonl.*; make room, and the same"):
+            trainer.train(tiny.recipe("stage1", folder), workdir)
+    trainer.train(tiny.recipe("stage1", folder), workdir)
+    same_parameters(stage1, workdir)
+
+
+def test_each_parameter_learns_at_its_own_rate(folder, stage1):
+    task, trainable = tasks.load_trained(stage1)
+    with task.config.unlocked():
+        task.config.optimizer.update(text_multiplier=0.1, fresh_multiplier=4.0)
+    rates = params.flatten(params.resolve(task.rate_table(trainable), trainable, "rate"))
+    text = {path for path, rate in rates.items() if rate == 0.1}
+    fresh = {path for path, rate in rates.items() if rate == 4.0}
+    assert text == {path for path in rates if "text_mlp" in path or "word_emb" in path or "position_emb" in path}
+    assert {"temperature", "qformer/query_tokens", "itm_head/bias", "qformer/lm_head/bias"} < fresh
+    assert rates["qformer/transformer/groups/layer_0/attention/query/kernel"] == 1.0
+    assert {path for path in rates if "cross_attention" in path or "image_projection" in path} < fresh
 
 
 @pytest.mark.slow
@@ -233,6 +264,7 @@ def test_nonsense_settings_are_errors_before_training(folder, tmp_path):
         ({"optimizer.warmup": 100}, "warmup is 100 steps, but the run has 6"),
         ({"task": "stage3"}, "expected one of stage1, stage2"),
         ({"data.max_text_tokens": 17}, "16 positions"),
+        ({"evaluation.rerank_rule": "best"}, "rerank_rule = 'best': expected one of posterior, lavis"),
     ):
         with pytest.raises((ValueError, OSError), match=message):
             trainer.train(tiny.recipe("stage1", folder, **changes), tmp_path / "w")

@@ -62,28 +62,33 @@ def chance(relevant: np.ndarray) -> Directions:
     return {"text_to_image": expected(relevant.T), "image_to_text": expected(relevant)}
 
 
-def both_heads(logits: np.ndarray, cosines: np.ndarray, temperature: float, rule: str) -> np.ndarray:
-    """How well images and captions fit by ITM and ITC together.
+def posterior(logits: np.ndarray, cosines: np.ndarray, temperature: float) -> np.ndarray:
+    """How well images and captions fit by ITM and ITC together: ITM's log-odds plus cosine / temperature.
 
     ITM learns to tell pairs from hard negatives, which ITC's own softmax has drawn. Against negatives of density q a
-    classifier's log-odds are log p/q, so they say what ITC does *not* know, and p itself is the log-odds plus log q:
-    cosine / temperature, up to what all candidates share. That is the rule "posterior". The rule "lavis" is the
-    original's (compute_sim_matrix): the logit of a match plus the cosine, which hardly counts beside it.
+    classifier's log-odds tend to log p/q (noise-contrastive estimation, Gutmann and Hyvarinen 2010), so they say what
+    ITC does *not* know, and log q, the cosine over the temperature less its normaliser, has to be added. The normaliser
+    is left out: for negatives of one kind all candidates share it, but half of ours are wrong images and half wrong
+    captions, so this is an approximation.
 
     Args:
       logits: float[B, 2], of {no match, match}.
       cosines: float[B], of the query that fits best.
       temperature: of ITC.
-      rule: "posterior" or "lavis".
 
     Returns:
-      float[B].
+      float[B], comparable among the candidates of one query.
     """
-    if rule == "posterior":
-        return logits[:, 1] - logits[:, 0] + cosines / temperature
-    if rule == "lavis":
-        return logits[:, 1] + cosines
-    raise ValueError(f"evaluation.rerank_rule = {rule!r}: expected posterior or lavis")
+    return logits[:, 1] - logits[:, 0] + cosines / temperature
+
+
+def lavis(logits: np.ndarray, cosines: np.ndarray, temperature: float) -> np.ndarray:
+    """The original's score (compute_sim_matrix): the logit of a match plus the cosine. Arguments as `posterior`."""
+    return logits[:, 1] + cosines
+
+
+# evaluation.rerank_rule
+RULES: dict[str, Callable[[np.ndarray, np.ndarray, float], np.ndarray]] = {"posterior": posterior, "lavis": lavis}
 
 
 def rerank(
@@ -93,7 +98,7 @@ def rerank(
 
     Args:
       scores: float[N, M], cosines.
-      judge: int[B] rows, int[B] columns -> float[B], such as `both_heads` of those pairs.
+      judge: int[B] rows, int[B] columns -> float[B], such as `posterior` of those pairs.
       top: k.
       batch_size: B; `judge` always gets full batches.
 

@@ -32,8 +32,6 @@ FRESH = (
     r"(ln_vision|vision_proj|text_proj|itm_head|language_projection)/.*",
     r"temperature",
 )
-# What reads text and nothing else.
-TEXT = (r"qformer/(word|position)_embeddings/.*", r".*/text_mlp/.*")
 
 
 class Task(abc.ABC):
@@ -147,8 +145,7 @@ class Task(abc.ABC):
     def rate_table(self, trainable: params.Tree) -> params.Table[float]:
         """Multipliers of the learning rate."""
         paths = params.flatten(trainable)
-        config = self.config.optimizer
-        rows = [(row, config.fresh_multiplier) for row in FRESH] + [(row, config.text_multiplier) for row in TEXT]
+        rows = [(row, self.config.optimizer.fresh_multiplier) for row in FRESH]
         rows = [row for row in rows if any(re.fullmatch(row[0], path) for path in paths)]
         return [*rows, (r".*", 1.0)]
 

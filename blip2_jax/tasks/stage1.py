@@ -21,6 +21,9 @@ from blip2_jax.models.qformer import QFormerCache
 from blip2_jax.objectives import contrastive, diversity, language_modeling, matching
 from blip2_jax.tasks.common import Metrics, Task
 
+# What reads text and nothing else.
+TEXT = (r"qformer/(word|position)_embeddings/.*", r".*/text_mlp/.*")
+
 
 class Stage1(Task):
     """Image-text contrastive learning, image-text matching, image-grounded text generation."""
@@ -33,6 +36,11 @@ class Stage1(Task):
             raise ValueError(
                 f"data.max_text_tokens = {config.data.max_text_tokens}, but the BERT {config.bert!r} has "
                 f"{self.blip2.qformer.max_positions} positions"
+            )
+        if config.evaluation.rerank_rule not in retrieval.RULES:
+            raise ValueError(
+                f"evaluation.rerank_rule = {config.evaluation.rerank_rule!r}: expected one of "
+                f"{', '.join(retrieval.RULES)}"
             )
         self.tokenizer = CaptionTokenizer(self.parts["bert"].directory.path)
         self.model = ImageTextModel(self.blip2)
@@ -80,6 +88,9 @@ class Stage1(Task):
             flat["qformer/lm_head/bias"] = jnp.asarray(self._token_prior(self.config.objective.itg_prior))
             tree = params.unflatten(flat)
         return tree
+
+    def rate_table(self, trainable: params.Tree) -> params.Table[float]:
+        return [(row, self.config.optimizer.text_multiplier) for row in TEXT] + list(super().rate_table(trainable))
 
     def _token_prior(self, captions: int) -> np.ndarray:
         """float32[V]: log frequency of the tokens to be predicted in the first captions of each training source."""
@@ -203,7 +214,7 @@ class Stage1(Task):
 
             def judge(image: np.ndarray, text: np.ndarray) -> np.ndarray:
                 logits = np.asarray(self._match_logits(trainable, embeds[image], ids[text], mask[text]))
-                return retrieval.both_heads(logits, scores[image, text], temperature, rule)
+                return retrieval.RULES[rule](logits, scores[image, text], temperature)
 
             image_scores = retrieval.rerank(scores, judge, top, size, "ITM, captions of an image")
             text_scores = retrieval.rerank(scores.T, lambda t, i: judge(i, t), top, size, "ITM, images of a caption")

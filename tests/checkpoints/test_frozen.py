@@ -1,5 +1,6 @@
 """Frozen parts: named by one string, identified by their content."""
 
+import jax
 import numpy as np
 import pytest
 
@@ -49,6 +50,15 @@ def test_directories_that_hold_no_model(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"\x00" * 20)
     with pytest.raises(ValueError, match="truncated or not a safetensors file"):
         frozen.find("llm", f"hf:{tmp_path}")
+
+
+def test_random_encoders_differ_by_seed():
+    weights = [
+        jax.tree.leaves(frozen.load_vision(frozen.find("vision", f"random:{seed}"), np.float32)[1])
+        for seed in (0, 0, 1)
+    ]
+    assert all((a == b).all() for a, b in zip(weights[0], weights[1], strict=True))
+    assert any((a != b).any() for a, b in zip(weights[0], weights[2], strict=True))
 
 
 def test_another_encoder_than_its_config_says_is_refused(tmp_path):

@@ -68,12 +68,10 @@ def test_a_classifier_against_hard_negatives_and_what_drew_them_make_the_posteri
     drawn = np.exp(cosines / temperature) / np.exp(cosines / temperature).sum()
     log_odds = np.log(truth / drawn)  # What the best classifier says when positives are `truth`, negatives `drawn`.
     logits = np.stack([-log_odds, np.zeros(12)], axis=1) + rng.normal(size=(12, 1))
-    found = retrieval.both_heads(logits, cosines, temperature, "posterior")
+    found = retrieval.posterior(logits, cosines, temperature)
     assert np.argsort(found).tolist() == np.argsort(truth).tolist()
     assert np.argsort(log_odds).tolist() != np.argsort(truth).tolist()
-    np.testing.assert_allclose(retrieval.both_heads(logits, cosines, temperature, "lavis"), logits[:, 1] + cosines)
-    with pytest.raises(ValueError, match="rerank_rule = 'best': expected posterior or lavis"):
-        retrieval.both_heads(logits, cosines, temperature, "best")
+    np.testing.assert_allclose(retrieval.lavis(logits, cosines, temperature), logits[:, 1] + cosines)
 
 
 def test_the_nearest_neighbour_copies_and_retrieves():

@@ -232,27 +232,16 @@ def _whole_forward(case: Case, model: Model, trees, batch) -> tuple[Quantities, 
 
 
 def whole_gradients(case: Case, mesh: Mesh | None) -> Quantities:
-    """Gradients of the loss by every parameter, nothing frozen, by their names in transformers.
-
-    Left out are the biases of attention keys, whose gradient is zero but for noise.
-    """
+    """Gradients of the loss by every parameter, nothing frozen, by their names in transformers."""
     model, batch = _whole_model(case)
     loss = lambda trees, batch: _whole_forward(case, model, trees, batch)[0]["loss"]
     gradients = golden.run(jax.grad(loss), model.trees, batch, mesh)
-    tower = golden.vit(case)[2]
-    parts = {"vision": tower, "trainable": model.prompter, "language": model.language}
-    found: Quantities = {}
-    for part, built in parts.items():
-        for name, gradient in mapping.export(gradients[part], built.mapped):
-            recorded = case.gradients[name]
-            if name.endswith("qkv.bias"):
-                query_and_value = np.delete(
-                    np.arange(len(gradient)), np.s_[len(gradient) // 3 : len(gradient) // 3 * 2]
-                )
-                gradient, recorded = gradient[query_and_value], recorded[query_and_value]
-            if not name.endswith((".key.bias", ".k_proj.bias")):
-                found[name] = (gradient, recorded)
-    return found
+    parts = {"vision": golden.vit(case)[2], "trainable": model.prompter, "language": model.language}
+    return {
+        name: (gradient, case.gradients[name])
+        for part, built in parts.items()
+        for name, gradient in mapping.export(gradients[part], built.mapped)
+    }
 
 
 def conditional_generation(case: Case, mesh: Mesh | None) -> Quantities:

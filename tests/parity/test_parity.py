@@ -53,18 +53,17 @@ def gradients(case: Case):
 _BUILT = {"forward": forward, "gradients": gradients}
 
 
-def tolerance(case: Case, group: str, quantity: str) -> tuple[float, float]:
-    """Allowed error: absolute, and relative to the largest value of the recorded tensor.
-
-    Not to each element: in float64 our gradients of the T5 cases are as far from small recorded elements (1e-4) as in
-    float32, so that is the noise of the recording.
-    """
+def tolerance(case: Case, group: str, quantity: str, recorded: np.ndarray) -> np.ndarray:
+    """Allowed error of every element of a recorded tensor."""
     if group == "gradients":
-        return 5e-5, 1e-4
+        # The recorded gradients of T5 are themselves up to 3.6e-4 from float64 (tests/parity/noise.py), where those of
+        # the other models stay below 1e-5: there an element may err by 1e-4 of the largest of its tensor.
+        size = np.abs(recorded)
+        return 5e-5 + 1e-4 * (np.full_like(size, size.max()) if "t5" in case.name else size)
     if "loss" in quantity:
-        return 1e-5, 0
+        return np.full(recorded.shape, 1e-5)
     wide = "t5" in case.name or "instruct" in case.name
-    return (1e-4 if quantity.endswith("logits") and wide else 5e-5), 0
+    return np.full(recorded.shape, 1e-4 if quantity.endswith("logits") and wide else 5e-5)
 
 
 def pytest_generate_tests(metafunc):
@@ -96,12 +95,11 @@ def test_case(folder, group, mesh, request):
     for name, value in found.items():
         ours, recorded = value if isinstance(value, tuple) else (value, case.outputs[name])
         assert ours.shape == recorded.shape, f"{name}: shape {ours.shape}, recorded {recorded.shape}"
-        absolute, relative = tolerance(case, group, name)
-        error = np.abs(ours - recorded)
-        lines.append(
-            f"{name}: largest error {error.max():.1e}, allowed {absolute + relative * np.abs(recorded).max():.0e}"
-        )
-        if not error.max() <= absolute + relative * np.abs(recorded).max():
+        allowed, error = tolerance(case, group, name, recorded), np.abs(ours - recorded)
+        worst = np.unravel_index(np.argmax(error - allowed), error.shape)
+        near = f"{error[worst]:.1e} where {allowed[worst]:.1e} is allowed"
+        lines.append(f"{name}: largest error {error.max():.1e}; nearest to its limit {near}")
+        if not (error <= allowed).all():
             wrong.append(lines[-1])
     print("\n".join(lines))
     assert not wrong, "\n".join(wrong)

@@ -2,13 +2,14 @@
 
 python -m blip2_jax.main --config=configs/stage1.py --workdir=DIR              # nano: minutes on two cores
 python -m blip2_jax.main --config=configs/stage1.py:nano_long --workdir=DIR    # hours there
+python -m blip2_jax.main --config=configs/stage1.py:eva_g --workdir=DIR --config.data.train=... --config.data.eval=...
 """
 
 from ml_collections import ConfigDict
 
 
 def get_config(variant: str = "nano") -> ConfigDict:
-    variants = {"nano": nano, "nano_long": nano_long}
+    variants = {"nano": nano, "nano_long": nano_long, "clip_l": clip_l, "eva_g": eva_g}
     if variant not in variants:
         raise ValueError(f"configs/stage1.py has no variant {variant!r}; there are {', '.join(variants)}")
     return variants[variant]()
@@ -53,6 +54,7 @@ def nano() -> ConfigDict:
     config.model.embed_width = 256
     config.model.text_pooling = "mean"  # How this MiniLM was trained; the paper's BERT uses "cls".
     config.model.keep_token_type = True
+    config.model.ln_vision_epsilon = 1e-5  # 1e-6 in transformers' BLIP-2.
     config.model.remat = False
     config.model.unroll = 3
 
@@ -101,4 +103,54 @@ def nano_long() -> ConfigDict:
     config.optimizer.learning_rate = 3e-4
     config.optimizer.text_multiplier = 0.1
     config.evaluation.rerank = 16
+    return config
+
+
+def eva_g() -> ConfigDict:
+    """The paper's stage 1 with EVA-CLIP ViT-g: 186,705,470 trainable parameters.
+
+    The paper: 250,000 steps of 1,680, which is 3.3 epochs of 129 million images; here as many images in batches that
+    64, 128 and 256 chips divide. Peak rate, warm-up, beta2 and decay are the paper's. `eva_vit_g.pth` is the file that
+    LAVIS downloads.
+    """
+    config = nano()
+    config.total_steps = 205_000
+    config.batch_size = 2048
+    config.log_every = 50
+    config.checkpoint_every = 2000
+    config.eval_every = 10_000
+    config.vision = "lavis:eva_vit_g.pth"
+    config.bert = "hf:google-bert/bert-base-uncased"
+    config.image_size = 224
+    config.data.train = ""  # Yours.
+    config.data.eval = ""
+    config.data.feature_views = 0
+    config.data.flip = True
+    config.data.max_text_tokens = 32
+    config.data.threads = 16
+    config.model.layers = 12
+    config.model.queries = 32
+    config.model.dropout = 0.1
+    config.model.image_positions = False  # A ViT has its own.
+    config.model.text_pooling = "cls"
+    config.model.keep_token_type = False
+    config.model.unroll = 1
+    config.objective.itm_share = 1.0
+    config.objective.itg_share = 1.0
+    config.objective.itg_prior = 0
+    config.objective.diversity = 0.0
+    config.optimizer.learning_rate = 1e-4
+    config.optimizer.fresh_multiplier = 1.0
+    config.optimizer.warmup = 2000
+    config.optimizer.final_share = 0.1
+    config.optimizer.clip_norm = 0.0
+    config.evaluation.rerank = 128
+    return config
+
+
+def clip_l() -> ConfigDict:
+    """The same with CLIP ViT-L: 183,165,758 trainable parameters. The paper: 250,000 steps of 2,320."""
+    config = eva_g()
+    config.total_steps = 283_000
+    config.vision = "lavis:clip_vit_L.pth"
     return config

@@ -7,7 +7,16 @@ from ml_collections import ConfigDict
 
 
 def get_config(variant: str = "nano") -> ConfigDict:
-    variants = {"nano": nano, "nano_long": nano_long}
+    variants = {
+        "nano": nano,
+        "nano_long": nano_long,
+        "opt_2_7b": opt_2_7b,
+        "opt_6_7b": opt_6_7b,
+        "instruct_vicuna_7b": instruct_vicuna_7b,
+        "instruct_flan_t5_xl": instruct_flan_t5_xl,
+        "flan_t5_xl": flan_t5_xl,
+        "flan_t5_xxl": flan_t5_xxl,
+    }
     if variant not in variants:
         raise ValueError(f"configs/stage2.py has no variant {variant!r}; there are {', '.join(variants)}")
     return variants[variant]()
@@ -62,6 +71,9 @@ def nano() -> ConfigDict:
     config.model.embed_width = 256
     config.model.text_pooling = "mean"
     config.model.keep_token_type = True
+    config.model.ln_vision_epsilon = 1e-5  # 1e-6 in transformers' BLIP-2.
+    config.instruct = False  # The Q-Former reads the instruction, as InstructBLIP's.
+    config.llm_activation = ""  # "gelu": Flan-T5 with exact GELU, as LAVIS runs it; "": the model's own.
     config.model.remat = False
     config.model.unroll = 3
 
@@ -93,4 +105,85 @@ def nano_long() -> ConfigDict:
     config.data.feature_views = 12
     config.model.dropout = 0.1
     config.optimizer.learning_rate = 1.5e-4
+    return config
+
+
+def opt_2_7b() -> ConfigDict:
+    """The paper's stage 2 with EVA-CLIP ViT-g and OPT-2.7B: 107,133,696 trainable parameters.
+
+    The paper: 80,000 steps of 1,920; here as many images in batches that 64, 128 and 256 chips divide.
+    """
+    config = nano()
+    config.total_steps = 75_000
+    config.batch_size = 2048
+    config.log_every = 50
+    config.checkpoint_every = 2000
+    config.eval_every = 10_000
+    config.vision = "lavis:eva_vit_g.pth"
+    config.bert = "hf:google-bert/bert-base-uncased"
+    config.llm = "hf:facebook/opt-2.7b"
+    config.image_size = 224
+    config.data.train = ""  # Yours.
+    config.data.questions = ""
+    config.data.question_share = 0.0
+    config.data.eval = ""
+    config.data.feature_views = 0
+    config.data.flip = True
+    config.data.begin = ""
+    config.data.prompt = ""
+    config.data.max_text_tokens = 32
+    config.data.threads = 16
+    config.model.layers = 12
+    config.model.queries = 32
+    config.model.dropout = 0.1
+    config.model.image_positions = False
+    config.model.text_pooling = "cls"
+    config.model.keep_token_type = False
+    config.model.unroll = 1
+    config.optimizer.learning_rate = 1e-4
+    config.optimizer.fresh_multiplier = 1.0
+    config.optimizer.warmup = 2000
+    config.optimizer.final_share = 0.5
+    config.optimizer.clip_norm = 0.0
+    return config
+
+
+def opt_6_7b() -> ConfigDict:
+    """With OPT-6.7B: 108,314,880 trainable parameters."""
+    config = opt_2_7b()
+    config.llm = "hf:facebook/opt-6.7b"
+    return config
+
+
+def instruct_vicuna_7b() -> ConfigDict:
+    """InstructBLIP with Vicuna-7B: to import, look at and export; how it was trained is not published."""
+    config = opt_2_7b()
+    config.llm = "hf:lmsys/vicuna-7b-v1.1"
+    config.instruct = True
+    return config
+
+
+def instruct_flan_t5_xl() -> ConfigDict:
+    """InstructBLIP with Flan-T5-XL, whose GELU is exact there."""
+    config = flan_t5_xl()
+    config.instruct = True
+    config.llm_activation = "gelu"
+    return config
+
+
+def flan_t5_xl() -> ConfigDict:
+    """With Flan-T5-XL: 106,739,968 trainable parameters. The paper: 80,000 steps of 1,520."""
+    config = opt_2_7b()
+    config.total_steps = 79_000
+    config.batch_size = 1536
+    config.mesh = "data=-1,fsdp=8,tensor=1"
+    config.llm = "hf:google/flan-t5-xl"
+    config.data.end = ""
+    return config
+
+
+def flan_t5_xxl() -> ConfigDict:
+    """With Flan-T5-XXL: 108,314,880 trainable parameters."""
+    config = flan_t5_xl()
+    config.llm = "hf:google/flan-t5-xxl"
     return config

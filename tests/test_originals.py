@@ -32,19 +32,19 @@ def test_text_is_encoded_as_by_the_original_bert():
     import transformers
 
     part = frozen.find("bert", "nano:")
-    path = str(part.directory.path)
+    path = str(part.path)
     tokens = transformers.AutoTokenizer.from_pretrained(path)(CAPTIONS, padding="max_length", max_length=16)
-    ids, mask = CaptionTokenizer(part.directory.path)(CAPTIONS, 16)
+    ids, mask = CaptionTokenizer(part.path)(CAPTIONS, 16)
     np.testing.assert_array_equal(ids, tokens["input_ids"])
     np.testing.assert_array_equal(mask, tokens["attention_mask"])
     with torch.no_grad():
         original = transformers.BertModel.from_pretrained(path)
         expected = original(**{k: torch.tensor(v) for k, v in tokens.items()}).last_hidden_state.numpy()
 
-    config = qformer_config(part.directory.config())
+    config = qformer_config(part.config())
     module = QFormer(config)
     fresh = module.init(jax.random.key(0), ids, mask, method="encode_text")["params"]
-    weights = initialize_qformer(fresh, part.directory, config, keep_token_type=True)
+    weights = initialize_qformer(fresh, part.tensors, config, keep_token_type=True)
     found = module.apply({"params": weights}, ids, mask, method="encode_text")
     assert np.abs(np.asarray(found) - expected)[mask].max() < 1e-5
 
@@ -70,15 +70,16 @@ def test_the_language_model_gives_the_same_logits(original_language_model):
 
     original, tokenizer = original_language_model
     part = frozen.find("llm", "nano:")
-    ids = np.asarray([LanguageTokenizer(part.directory.path).encode(PARAGRAPH)])
+    ids = np.asarray([LanguageTokenizer(part.path).encode(PARAGRAPH)])
     # transformers' conversion loses that digits stand apart from a space before them; all else is equal.
     np.testing.assert_array_equal(
         tokenizer(PARAGRAPH.replace("120", "many"))["input_ids"],
-        LanguageTokenizer(part.directory.path).encode(PARAGRAPH.replace("120", "many")),
+        LanguageTokenizer(part.path).encode(PARAGRAPH.replace("120", "many")),
     )
     with torch.no_grad():
         expected = original(torch.tensor(ids)).logits.numpy()
-    model, parameters = frozen.load_language_model(part, np.float32)
+    model = frozen.language_model(part, np.float32)
+    parameters = frozen.load_language_model(part, model, np.float32)
     bound = model.bind({"params": parameters})
     hidden, _ = bound(bound.embed(jnp.asarray(ids)), jnp.arange(ids.shape[1])[None], causal_mask(ids.shape[1]))
     found = np.asarray(hidden @ bound.head().T)
@@ -93,8 +94,9 @@ def test_the_language_model_writes_the_same_text(original_language_model):
 
     original, _ = original_language_model
     part = frozen.find("llm", "nano:")
-    tokenizer = LanguageTokenizer(part.directory.path)
-    model, parameters = frozen.load_language_model(part, np.float32)
+    tokenizer = LanguageTokenizer(part.path)
+    model = frozen.language_model(part, np.float32)
+    parameters = frozen.load_language_model(part, model, np.float32)
     texts = ["The river rises in the", "A recipe for bread: first", "Question: What is 2 + 2? Answer:"]
     ids, mask = tokenizer.prompts(texts, 16)
     embeds = model.apply({"params": parameters}, ids, method="embed")
@@ -138,7 +140,7 @@ def test_the_encoder_is_the_original_up_to_its_last_normalisation(published_enco
         norm = original._blocks[-1]._bn2
         x = (x - norm.bias[:, None, None]) / norm.weight[:, None, None]
         expected = x.flatten(2).transpose(1, 2).numpy()
-    encoder, _ = frozen.load_vision(frozen.find("vision", "nano:"), np.float32)
+    encoder = frozen.vision_encoder(frozen.find("vision", "nano:"), 160, np.float32)
     exact = {path: jnp.asarray(array, jnp.float32) for path, array in build.converted(weights).items()}
     found = np.asarray(encoder.encode(params.unflatten(exact), pixels))
     assert np.abs(found - expected).max() < 1e-3 * np.abs(expected).max()

@@ -25,8 +25,9 @@ PARAGRAPH = (
 @pytest.fixture(scope="module")
 def language():
     part = frozen.find("llm", "nano:")
-    model, parameters = frozen.load_language_model(part, np.float32)
-    return model, parameters, LanguageTokenizer(part.directory.path)
+    model = frozen.language_model(part, np.float32)
+    parameters = frozen.load_language_model(part, model, np.float32)
+    return model, parameters, LanguageTokenizer(part.path)
 
 
 def perplexity(model, parameters, tokenizer, text):

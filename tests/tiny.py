@@ -129,6 +129,42 @@ def llama(directory: pathlib.Path, tied: bool = True) -> pathlib.Path:
     return save(directory, config, tensors, tokenizer)
 
 
+def vit(directory: pathlib.Path) -> pathlib.Path:
+    """transformers' image encoder of BLIP-2, for pictures of 32 pixels."""
+    rng = np.random.default_rng(3)
+    width, mlp, patch = 24, 40, 16
+    config = {
+        "model_type": "blip_2_vision_model",
+        "image_size": 32,
+        "patch_size": patch,
+        "hidden_size": width,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": mlp,
+        "layer_norm_eps": 1e-5,
+    }
+    normal = lambda *shape: 0.2 * rng.normal(size=shape)
+    tensors = {
+        "embeddings.class_embedding": normal(1, 1, width),
+        "embeddings.position_embedding": normal(1, 5, width),
+        "embeddings.patch_embedding.weight": normal(width, 3, patch, patch),
+        "embeddings.patch_embedding.bias": normal(width),
+    }
+    for layer in range(2):
+        for name, (out, into) in {
+            "self_attn.qkv": (3 * width, width),
+            "self_attn.projection": (width, width),
+            "mlp.fc1": (mlp, width),
+            "mlp.fc2": (width, mlp),
+        }.items():
+            tensors[f"encoder.layers.{layer}.{name}.weight"] = normal(out, into)
+            tensors[f"encoder.layers.{layer}.{name}.bias"] = normal(out)
+        for name in ("layer_norm1", "layer_norm2"):
+            tensors[f"encoder.layers.{layer}.{name}.weight"] = 1 + normal(width)
+            tensors[f"encoder.layers.{layer}.{name}.bias"] = normal(width)
+    return save(directory, config, tensors, Tokenizer(models.BPE()))
+
+
 def pictures(directory: pathlib.Path) -> str:
     """Coloured shapes with captions, as a jsonl source."""
     directory.mkdir(parents=True)
@@ -154,7 +190,7 @@ def pictures(directory: pathlib.Path) -> str:
 def recipe(stage: str, folder: pathlib.Path, **changes) -> ml_collections.ConfigDict:
     """The nano recipe of a stage on tiny models and pictures that are made in `folder` the first time."""
     config = runpy.run_path(str(pathlib.Path(__file__).parent.parent / "configs" / f"{stage}.py"))["get_config"]()
-    for name, make in (("bert", bert), ("llama", llama), ("pictures", pictures)):
+    for name, make in (("bert", bert), ("llama", llama), ("vit", vit), ("pictures", pictures)):
         if not (folder / name).exists():
             make(folder / name)
     source = f"jsonl:{folder / 'pictures' / 'pictures.jsonl'}"

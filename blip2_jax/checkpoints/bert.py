@@ -22,6 +22,7 @@ _GROWN = {
     "qformer/word_embeddings/embedding": "embeddings.word_embeddings.weight",
     "qformer/lm_head/bias": "cls.predictions.bias",
 }
+_KINDS = ("bert", "blip_2_qformer", "instructblip_qformer")
 _FRESH = r"qformer/(query_tokens|image_projection/.*|.*/cross_attention/.*)"
 
 
@@ -40,28 +41,33 @@ class _Unprefixed:
         return self._directory.read(self._names[name])
 
 
-def qformer_config(bert: dict[str, Any], **changes: Any) -> QFormerConfig:
-    """Sizes of the Q-Former that a BERT of this config.json becomes; `changes` replace single fields."""
-    if bert.get("model_type") != "bert" or bert.get("hidden_act") != "gelu":
+def qformer_config(config: dict[str, Any], **changes: Any) -> QFormerConfig:
+    """Sizes of the Q-Former that a BERT of this config.json becomes, or that a BLIP-2's config.json describes.
+
+    `changes` replace single fields.
+    """
+    own = "qformer_config" in config
+    config = config.get("qformer_config", config)
+    if config.get("model_type") not in _KINDS or config.get("hidden_act") != "gelu":
         raise ValueError(
-            f"expected a BERT with exact GELU, found model_type {bert.get('model_type')!r} and hidden_act "
-            f"{bert.get('hidden_act')!r}: name a BERT directory in config.bert"
+            f"expected a BERT with exact GELU, found model_type {config.get('model_type')!r} and hidden_act "
+            f"{config.get('hidden_act')!r}: name a BERT directory in config.bert"
         )
     fields = {
-        "width": bert["hidden_size"],
-        "layers": bert["num_hidden_layers"],
-        "heads": bert["num_attention_heads"],
-        "mlp_width": bert["intermediate_size"],
-        "vocab_size": bert["vocab_size"] + 1,
-        "max_positions": bert["max_position_embeddings"],
-        "norm_epsilon": bert["layer_norm_eps"],
-        "dropout": bert["hidden_dropout_prob"],
-        "attention_dropout": bert["attention_probs_dropout_prob"],
+        "width": config["hidden_size"],
+        "layers": config["num_hidden_layers"],
+        "heads": config["num_attention_heads"],
+        "mlp_width": config["intermediate_size"],
+        "vocab_size": config["vocab_size"] + (not own),
+        "max_positions": config["max_position_embeddings"],
+        "norm_epsilon": config["layer_norm_eps"],
+        "dropout": config["hidden_dropout_prob"],
+        "attention_dropout": config["attention_probs_dropout_prob"],
     }
-    config = QFormerConfig(**(fields | changes))
-    if config.layers > bert["num_hidden_layers"]:
-        raise ValueError(f"a Q-Former of {config.layers} layers from a BERT of {bert['num_hidden_layers']}")
-    return config
+    result = QFormerConfig(**(fields | changes))
+    if result.layers > config["num_hidden_layers"]:
+        raise ValueError(f"a Q-Former of {result.layers} layers from a BERT of {config['num_hidden_layers']}")
+    return result
 
 
 def has_language_head(directory: Directory) -> bool:

@@ -3,7 +3,9 @@
 Each is named by one string:
 
     nano:         the small part of the nano recipe (assets, or a pinned package in the cache)
-    hf:DIR        a Hugging Face directory; for the image encoder, a directory of ours
+    hf:DIR        a Hugging Face directory: a bare model, or the BLIP-2 or InstructBLIP around it; hf:ORG/NAME is looked
+                  for in the hub's cache, and fetched where there is a network
+    lavis:FILE    an image encoder as LAVIS has it (eva_vit_g.pth, clip_vit_L.pth, a fine-tuned BLIP-2)
     random:SEED   the nano image encoder with random weights, for ablations
 
 The environment variable BLIP2_JAX_FROZEN="part=DIR,part=DIR" replaces where parts are read from, not what they must be:
@@ -12,42 +14,80 @@ a checkpoint knows the content hash of its parts.
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import hashlib
 import os
 import pathlib
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from blip2_jax import params
-from blip2_jax.checkpoints import downloads, language, mapping
-from blip2_jax.checkpoints.huggingface import Directory
+from blip2_jax.checkpoints import downloads, hub, language, mapping, published
+from blip2_jax.checkpoints import vision as towers
+from blip2_jax.checkpoints.huggingface import Directory, part_of
+from blip2_jax.checkpoints.torch_file import TorchFile
 from blip2_jax.models import vision
+from blip2_jax.models.vision.vit import ViT
 
 ASSETS = pathlib.Path(__file__).parent.parent / "assets"
 PARTS = ("vision", "bert", "llm")
 
 
-class Frozen(NamedTuple):
-    """One part, found and identified, its weights not yet read.
+@dataclasses.dataclass(frozen=True)
+class Frozen:
+    """One part by its name; it is looked for, opened and hashed when that is needed.
 
     Attributes:
       part: "vision", "bert" or "llm".
-      source: the string that named it.
-      directory: where it is.
-      sha256: of its weights.
+      source: the string that names it.
     """
 
     part: str
     source: str
-    directory: Directory
-    sha256: str
+
+    @property
+    def kind(self) -> str:
+        return self.source.partition(":")[0]
+
+    @functools.cached_property
+    def path(self) -> pathlib.Path:
+        """Where it is.
+
+        Raises:
+          FileNotFoundError, ConnectionError, ValueError: it is not there, or cannot be fetched.
+        """
+        override = _overrides().get(self.part)
+        return pathlib.Path(override).expanduser() if override else _locate(self.part, self.source)
+
+    @functools.cached_property
+    def tensors(self) -> Directory | TorchFile:
+        """Its weights, to be read one by one."""
+        return TorchFile(self.path) if self.kind == "lavis" and self.path.is_file() else Directory(self.path)
+
+    @functools.cached_property
+    def sha256(self) -> str:
+        """Of its weights."""
+        if self.kind == "random":
+            return hashlib.sha256(self.source.encode()).hexdigest()
+        digest = hashlib.sha256()
+        for file in self.tensors.files:
+            digest.update(downloads.file_sha256(file).encode())
+        return digest.hexdigest()
 
     def identity(self, dtype: Any) -> dict[str, str]:
         """What a checkpoint remembers of this part."""
         return {"source": self.source, "sha256": self.sha256, "dtype": str(jnp.dtype(dtype))}
+
+    def config(self) -> dict[str, Any]:
+        """Its config.json; that of a published model is known without having it."""
+        name = self.source.partition(":")[2]
+        if name in published.CONFIGS and not pathlib.Path(name).exists() and self.part not in _overrides():
+            return published.config(name)
+        return Directory(self.path).config()
 
 
 def frozen_dtype() -> jnp.dtype:
@@ -65,75 +105,99 @@ def _overrides() -> dict[str, str]:
 
 
 def _locate(part: str, source: str) -> pathlib.Path:
-    kind, separator, rest = source.partition(":")
-    if kind == "nano" and separator and not rest:
-        if part == "vision":
-            return ASSETS / "efficientnet_lite0"
-        return downloads.fetch({"bert": downloads.MINILM, "llm": downloads.SMOLLM2}[part])
-    if kind == "hf" and rest:
-        return pathlib.Path(rest).expanduser()
-    if kind == "random" and part == "vision" and rest.isdigit():
+    kind, _, rest = source.partition(":")
+    if kind in ("nano", "random") and part == "vision":
         return ASSETS / "efficientnet_lite0"
-    raise ValueError(
-        f"config.{part} = {source!r}: expected nano: or hf:DIR" + (" or random:SEED" if part == "vision" else "")
-    )
+    if kind == "nano":
+        return downloads.fetch({"bert": downloads.MINILM, "llm": downloads.SMOLLM2}[part])
+    path = pathlib.Path(rest).expanduser()
+    return hub.fetch(rest) if kind == "hf" and not path.exists() and hub.is_name(rest) else path
 
 
 def find(part: str, source: str) -> Frozen:
-    """Locate a part and hash its weights.
+    """A part by the string that names it.
 
     Raises:
-      FileNotFoundError, ConnectionError, ValueError: it is not there, cannot be fetched, or the string means nothing.
+      ValueError: the string means nothing.
     """
-    override = _overrides().get(part)
-    directory = Directory(override or _locate(part, source))
-    if source.startswith("random:"):
-        return Frozen(part, source, directory, hashlib.sha256(source.encode()).hexdigest())
-    digest = hashlib.sha256()
-    for file in directory.files:
-        digest.update(downloads.file_sha256(file).encode())
-    return Frozen(part, source, directory, digest.hexdigest())
+    kind, separator, rest = source.partition(":")
+    valid = {"nano": bool(separator) and not rest, "hf": bool(rest)}
+    if part == "vision":
+        valid |= {"lavis": bool(rest), "random": rest.isdigit()}
+    if not valid.get(kind):
+        expected = "nano: or hf:DIR" + (" or lavis:FILE or random:SEED" if part == "vision" else "")
+        raise ValueError(f"config.{part} = {source!r}: expected {expected}")
+    return Frozen(part, source)
 
 
-def check(parts: dict[str, Frozen], remembered: dict[str, dict[str, str]], where: str) -> None:
+def check(parts: Mapping[str, Frozen], remembered: Mapping[str, Mapping[str, str]], where: str) -> None:
     """Refuse to continue a checkpoint with other frozen weights than its own."""
     for name, known in remembered.items():
         found = parts.get(name)
         if found is not None and found.sha256 != known["sha256"]:
             raise ValueError(
                 f"{where} was trained with the {name} {known['source']!r} of SHA-256 {known['sha256'][:16]}..., but "
-                f"{found.directory.path} has {found.sha256[:16]}...: point to the right weights with "
+                f"{found.path} has {found.sha256[:16]}...: point to the right weights with "
                 f"BLIP2_JAX_FROZEN={name}=DIR"
             )
 
 
-def load_vision(part: Frozen, dtype: Any) -> tuple[vision.VisionEncoder, dict]:
-    """The image encoder and its parameters."""
-    encoder = vision.build(part.directory.config(), dtype)
-    if part.source.startswith("random:"):
+# The image encoder.
+
+
+def _tower(part: Frozen) -> towers.Tower | None:
+    """What the file of a ViT holds; None where the encoder is one of ours."""
+    if part.kind == "lavis":
+        known = published.TOWERS.get(pathlib.Path(part.source.partition(":")[2]).name)
+        return known if known and not part.path.exists() else towers.lavis_tower(part.tensors)
+    config = part.config()
+    return None if vision.is_ours(config) else towers.huggingface_tower(config)
+
+
+def vision_encoder(part: Frozen, image_size: int, dtype: Any) -> vision.VisionEncoder:
+    """The image encoder for pictures of a size, without its weights.
+
+    Raises:
+      ValueError: its config.json describes none that we know, or the size does not suit it.
+    """
+    tower = _tower(part)
+    if tower is None:
+        return vision.build(part.config(), image_size, dtype)
+    config = dataclasses.replace(tower.config, image_size=image_size, dtype=dtype)
+    return vision.VisionEncoder(ViT(config), config.width, image_size, tower.image_mean, tower.image_std)
+
+
+def load_vision(part: Frozen, encoder: vision.VisionEncoder, dtype: Any, put: mapping.Put = mapping.to_device) -> dict:
+    """The parameters of an image encoder that `vision_encoder` made."""
+    if part.kind == "random":
         seed = int(part.source.partition(":")[2])
-        _, variables = jax.jit(encoder.init, static_argnums=1)(jax.random.key(seed), 64)
-        return encoder, jax.tree.map(lambda x: x.astype(dtype), variables["params"])
-    tree = params.unflatten({name: part.directory.read(name).astype(dtype) for name in part.directory.names()})
-    shapes = jax.eval_shape(lambda key: encoder.init(key, 64), jax.random.key(0))[1]["params"]
-    expected = {path: leaf.shape for path, leaf in params.flatten(shapes).items()}
-    found = {path: leaf.shape for path, leaf in params.flatten(tree).items()}
-    if expected != found:
-        wrong = sorted(path for path in expected.keys() | found.keys() if expected.get(path) != found.get(path))
-        raise ValueError(
-            f"{part.directory.path} does not hold the encoder that its config.json describes; "
-            f"{wrong[0]}: expected {expected.get(wrong[0])}, found {found.get(wrong[0])}"
-        )
-    return encoder, jax.tree.map(jnp.asarray, tree)
+        return jax.tree.map(lambda x: x.astype(dtype), jax.jit(encoder.init)(jax.random.key(seed)))
+    tower = _tower(part)
+    if tower is not None:
+        tree, report = towers.load(tower, part.tensors, encoder.module.config, dtype, put)
+        report.tell(part.tensors.where)
+        return tree
+    template = mapping.template(encoder.init, dtype)
+    mapped = mapping.resolve(template, [(r"(.*)", mapping.Foreign("{0}", mapping.as_is()))], lambda path: None)
+    return mapping.load(template, mapped, part.tensors, put)
 
 
-def load_language_model(part: Frozen, dtype: Any, **changes: Any) -> tuple[nn.Module, dict]:
-    """The language model and its parameters; `changes` replace single fields of its configuration."""
-    family = language.family(part.directory.config())
-    config = family.config(part.directory.config(), dtype=dtype, **changes)
-    model = family.module(config)
-    init = lambda ids: model.init(jax.random.key(0), ids, method="initialize")["params"]
-    shapes = jax.eval_shape(init, jax.ShapeDtypeStruct((1, 2), jnp.int32))
-    template = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), shapes)
-    mapped = mapping.resolve(template, family.table(config), lambda path: family.layers(config, path))
-    return model, mapping.load(template, mapped, part.directory, lambda _, array: jnp.asarray(array))
+# The language model.
+
+
+def language_model(part: Frozen, dtype: Any, **changes: Any) -> nn.Module:
+    """The language model without its weights; `changes` replace single fields of its configuration."""
+    config = language.own_config(part.config())
+    family = language.family(config)
+    return family.module(family.config(config, dtype=dtype, **changes))
+
+
+def load_language_model(part: Frozen, model: nn.Module, dtype: Any, put: mapping.Put = mapping.to_device) -> dict:
+    """The parameters of a language model that `language_model` made."""
+    family = language.family(language.own_config(part.config()))
+    tensors = part_of(part.tensors, family.anchor, ("", "language_model."))
+    template = language.shapes(model, dtype)
+    mapped = mapping.resolve(template, family.table(model.config), functools.partial(family.layers, model.config))
+    tree = mapping.load(template, mapped, tensors, put)
+    mapping.account(tensors.names(), mapping.names(mapped), family.aside).tell(tensors.where)
+    return tree

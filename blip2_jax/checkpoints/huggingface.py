@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
+from transformers import CONFIG_MAPPING, AutoConfig
 
 from blip2_jax.checkpoints.mapping import Tensors
 from blip2_jax.checkpoints.torch_file import TorchFile
@@ -22,8 +24,12 @@ class Directory:
       files: the weight files, whose content is the model's identity.
     """
 
-    def __init__(self, path: str | pathlib.Path):
+    def __init__(self, path: str | pathlib.Path, beside: str = ""):
         """Open the weights: the shards that an index names, else *.safetensors, else pytorch_model*.bin.
+
+        Args:
+          path: of the directory.
+          beside: another file of tensors, which may be there.
 
         Raises:
           FileNotFoundError: no directory, no weights, or a shard is missing.
@@ -34,14 +40,16 @@ class Directory:
         if not self.path.is_dir():
             raise FileNotFoundError(f"{self.path} is not a directory; expected one with config.json and *.safetensors")
         self.files = self._weight_files()
-        self._tensors: dict[str, Any] = {}
+        if beside and (self.path / beside).exists() and self.path / beside not in self.files:
+            self.files.append(self.path / beside)
+        self._tensors: dict[str, pathlib.Path] = {}
         self._pickled = TorchFile(*self.files) if self.files[0].suffix == ".bin" else None
         for file in self.files if self._pickled is None else ():
             try:
-                handle = safe_open(file, framework="numpy")
+                with safe_open(file, framework="numpy") as handle:
+                    self._tensors |= dict.fromkeys(handle.keys(), file)
             except SafetensorError as error:
                 raise ValueError(f"{file} is truncated or not a safetensors file: {error}") from error
-            self._tensors |= dict.fromkeys(handle.keys(), handle)
 
     def _weight_files(self) -> list[pathlib.Path]:
         for pattern in ("*.safetensors", "pytorch_model*.bin"):
@@ -61,34 +69,56 @@ class Directory:
         raise FileNotFoundError(f"{self.path}: no *.safetensors file and no pytorch_model*.bin")
 
     def config(self) -> dict[str, Any]:
+        """config.json, with what it leaves out where transformers knows the model_type.
+
+        Raises:
+          FileNotFoundError: there is none. ValueError: it is not JSON, or not of a model.
+        """
         file = self.path / "config.json"
         if not file.exists():
             raise FileNotFoundError(f"{file} is missing: it holds the sizes of the model")
-        return json.loads(file.read_text())
+        try:
+            return complete(json.loads(file.read_text()))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{file} is not JSON: {error}") from error
 
     def names(self) -> list[str]:
         return self._pickled.names() if self._pickled else list(self._tensors)
 
     def read(self, name: str) -> np.ndarray:
-        return self._pickled.read(name) if self._pickled else self._tensors[name].get_tensor(name)
+        if self._pickled:
+            return self._pickled.read(name)
+        # Opened anew each time: an open file keeps in memory all that was ever read of it.
+        with safe_open(self._tensors[name], framework="numpy") as handle:
+            return handle.get_tensor(name)
+
+
+def complete(config: dict[str, Any]) -> dict[str, Any]:
+    """A config.json with the defaults of its model_type: those of the hub hold little more than what differs."""
+    if config.get("model_type") not in CONFIG_MAPPING:
+        return config
+    return AutoConfig.for_model(**config).to_dict()
 
 
 class Part:
-    """The tensors whose names begin with a prefix, without it: a model inside a larger one."""
+    """A model inside a larger one: the tensors whose names begin with a prefix, by names that begin otherwise."""
 
-    def __init__(self, whole: Tensors, prefix: str):
-        self._whole, self._prefix = whole, prefix
+    def __init__(self, whole: Tensors, prefix: str, becomes: str = ""):
         self.where = f"{whole.where} ({prefix}*)" if prefix else whole.where
+        self._whole = whole
+        self._names = {becomes + name.removeprefix(prefix): name for name in whole.names() if name.startswith(prefix)}
 
     def names(self) -> list[str]:
-        return [n.removeprefix(self._prefix) for n in self._whole.names() if n.startswith(self._prefix)]
+        return list(self._names)
 
     def read(self, name: str) -> np.ndarray:
-        return self._whole.read(self._prefix + name)
+        return self._whole.read(self._names[name])
 
 
-def part(whole: Tensors, anchor: str, prefixes: tuple[str, ...]) -> Part:
+def part_of(whole: Tensors, anchor: str, prefixes: Sequence[str]) -> Part:
     """The part that begins with the first of `prefixes` behind which there is a tensor `anchor`.
+
+    Files of a bare model ("decoder.x" where others have "model.decoder.x") lack the beginning of every name.
 
     Raises:
       ValueError: behind none of them.
@@ -97,5 +127,8 @@ def part(whole: Tensors, anchor: str, prefixes: tuple[str, ...]) -> Part:
     for prefix in prefixes:
         if prefix + anchor in known:
             return Part(whole, prefix)
+    beginning, _, rest = anchor.partition(".")
+    if rest in known:
+        return Part(whole, "", becomes=f"{beginning}.")
     tried = ", ".join(repr(prefix + anchor) for prefix in prefixes)
     raise ValueError(f"{whole.where}: not the model that was asked for, it has none of the tensors {tried}")

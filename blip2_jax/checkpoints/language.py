@@ -7,8 +7,10 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import flax.linen as nn
+import jax.numpy as jnp
 
 from blip2_jax import params
+from blip2_jax.checkpoints import mapping
 from blip2_jax.checkpoints.mapping import Foreign, as_is, flat, linear
 from blip2_jax.models.language.decoder import DecoderConfig
 from blip2_jax.models.language.llama import Llama, LlamaConfig, Rope
@@ -24,6 +26,7 @@ class Family(NamedTuple):
       config: config.json -> the module's config.
       table: config -> rows for the module's tree.
       layers: config and path -> the layers that a parameter stacks, or None.
+      anchor: a tensor that each of them has, to find the model inside a larger one.
       aside: tensors that are left out, with the reason.
     """
 
@@ -31,6 +34,7 @@ class Family(NamedTuple):
     config: Callable[[dict[str, Any]], Any]
     table: Callable[[Any], params.Table[Foreign]]
     layers: Callable[[Any, str], range | None]
+    anchor: str
     aside: params.Table[str]
 
 
@@ -113,6 +117,7 @@ _LLAMA = Family(
     llama_config,
     _llama_table,
     _decoder_layers,
+    "model.embed_tokens.weight",
     [
         (r"lm_head\.weight", "tied to the word embeddings"),
         (r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq", "a buffer"),
@@ -175,7 +180,14 @@ def _opt_table(config: OPTConfig) -> params.Table[Foreign]:
     return rows
 
 
-_OPT = Family(OPT, opt_config, _opt_table, _decoder_layers, [(r"lm_head\.weight", "tied to the word embeddings")])
+_OPT = Family(
+    OPT,
+    opt_config,
+    _opt_table,
+    _decoder_layers,
+    "model.decoder.embed_tokens.weight",
+    [(r"lm_head\.weight", "tied to the word embeddings")],
+)
 
 
 # T5.
@@ -243,10 +255,23 @@ def _t5_layers(config: T5Config, path: str) -> range | None:
 
 
 _T5 = Family(
-    T5, t5_config, _t5_table, _t5_layers, [(r"(encoder|decoder)\.embed_tokens\.weight", "the same as shared.weight")]
+    T5,
+    t5_config,
+    _t5_table,
+    _t5_layers,
+    "shared.weight",
+    [
+        (r"(encoder|decoder)\.embed_tokens\.weight", "the same as shared.weight"),
+        (r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight", "never used"),
+    ],
 )
 
 FAMILIES: dict[str, Family] = {"llama": _LLAMA, "qwen2": _LLAMA, "opt": _OPT, "t5": _T5}
+
+
+def own_config(config: dict[str, Any]) -> dict[str, Any]:
+    """The language model's part of a config.json: of its own, or of the BLIP-2 around it."""
+    return config.get("text_config", config)
 
 
 def family(config: dict[str, Any]) -> Family:
@@ -259,3 +284,9 @@ def family(config: dict[str, Any]) -> Family:
     if kind not in FAMILIES:
         raise ValueError(f"the language model's model_type is {kind!r}; expected one of {', '.join(FAMILIES)}")
     return FAMILIES[kind]
+
+
+def shapes(model: nn.Module, dtype: Any = None) -> params.Tree:
+    """The tree of a language model without its values."""
+    ids = jnp.zeros((1, 2), jnp.int32)
+    return mapping.template(lambda key: model.init(key, ids, method="initialize")["params"], dtype)

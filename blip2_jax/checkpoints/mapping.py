@@ -8,13 +8,18 @@ paths that match its expression, where the foreign tensors are and how their axe
 
 from __future__ import annotations
 
+import collections
 import re
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from blip2_jax import params
+from blip2_jax.monitoring.progress import progress
 
 Shape = tuple[int, ...]
 
@@ -121,6 +126,12 @@ class Piece(NamedTuple):
         return self.layout.foreign_shape(self.shape)
 
 
+def template(init: Callable[[jax.Array], params.Tree], dtype: Any = None) -> params.Tree:
+    """The tree that `init` makes from a key, as shapes, of another dtype if one is given."""
+    tree = jax.eval_shape(init, jax.random.key(0))
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype or leaf.dtype), tree)
+
+
 # For a path, the foreign layers stacked along an axis, a single layer, or None.
 LayersOf = Callable[[str], Sequence[int] | int | None]
 Mapped = dict[str, list[Piece]]
@@ -165,8 +176,17 @@ def names(mapped: Mapped) -> dict[str, Shape]:
     return {piece.name: piece.foreign_shape for pieces in mapped.values() for piece in pieces if piece.name}
 
 
-def load(template: params.Tree, mapped: Mapped, tensors: Tensors, put: Callable = lambda path, array: array) -> dict:
-    """Fill a tree from foreign tensors, one leaf after another.
+# What becomes of a finished leaf: its path and its numpy array -> what is kept of it.
+Put = Callable[[str, np.ndarray], Any]
+
+
+def to_device(path: str, array: np.ndarray) -> jax.Array:
+    """A leaf on the default device."""
+    return jnp.asarray(array)
+
+
+def load(template: params.Tree, mapped: Mapped, tensors: Tensors, put: Put = lambda path, array: array) -> dict:
+    """Fill a tree from foreign tensors, one leaf after another, so that little more than a leaf waits in memory.
 
     Args:
       template: tree of leaves with shape and dtype.
@@ -178,15 +198,19 @@ def load(template: params.Tree, mapped: Mapped, tensors: Tensors, put: Callable 
       ValueError: a foreign tensor is missing, or its shape does not fit.
     """
     known = set(tensors.names())
-
-    def leaf(path: str, like):
-        array = np.zeros(like.shape, like.dtype)
-        for piece in mapped[path]:
-            if piece.name is not None:
-                array[piece.index] = _read(tensors, known, piece, path)
-        return put(path, array)
-
-    return params.map_paths(leaf, template)
+    leaves = params.flatten(template)
+    filled = {}
+    options = {"unit": "B", "unit_scale": True, "leave": False}
+    with progress(total=params.size(template), desc=f"reading {tensors.where}", **options) as bar:
+        for path, like in leaves.items():
+            array = np.zeros(like.shape, like.dtype)
+            for piece in mapped[path]:
+                if piece.name is not None:
+                    array[piece.index] = _read(tensors, known, piece, path)
+            bar.update(array.nbytes)
+            filled[path] = put(path, array)
+            del array
+    return params.unflatten(filled)
 
 
 def _read(tensors: Tensors, known: set[str], piece: Piece, path: str) -> np.ndarray:
@@ -206,7 +230,7 @@ def export(tree: params.Tree, mapped: Mapped) -> Iterator[tuple[str, np.ndarray]
         array = np.asarray(leaf)
         for piece in mapped[path]:
             if piece.name is not None:
-                yield piece.name, np.ascontiguousarray(piece.layout.to_foreign(array[piece.index]))
+                yield piece.name, np.asarray(piece.layout.to_foreign(array[piece.index]), order="C")
 
 
 class Report(NamedTuple):
@@ -223,6 +247,16 @@ class Report(NamedTuple):
     expected: dict[str, str]
     unexpected: list[str]
     missing: list[str]
+
+    def tell(self, where: str) -> None:
+        """Print it to stderr, a line each, long lists cut."""
+        reasons = collections.Counter(self.expected.values())
+        aside = "; ".join(f"{count} left aside ({reason})" for reason, count in reasons.items())
+        print(f"{where}: {len(self.loaded)} tensors read{'; ' if aside else ''}{aside}", file=sys.stderr)
+        for title, names in (("NOT EXPECTED, and left aside", self.unexpected), ("not there", self.missing)):
+            if names:
+                more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+                print(f"  {title}: {', '.join(names[:8])}{more}", file=sys.stderr)
 
 
 def account(found: Sequence[str], needed: Mapping[str, Shape], aside: params.Table[str]) -> Report:

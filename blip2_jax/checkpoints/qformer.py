@@ -26,11 +26,11 @@ class Dialect:
       query_suffix: of the queries' own feed-forward networks.
       embeddings: before word_embeddings and position_embeddings.
       embeddings_norm: of queries and text.
-      language_head: of ITG; "" where it is left out.
+      language_head: of ITG.
       ln_vision: the norm of the image tokens.
       vision_proj, text_proj: to the space where images and captions are compared.
-      temperature: the divisor of the cosines; "" where it is left out.
-      language_projection: to the language model.
+      temperature: the divisor of the cosines.
+      language_projection: to the language model; as what follows ln_vision, "" where a program has no such thing.
     """
 
     layers: str
@@ -49,8 +49,14 @@ class Dialect:
 BERT = Dialect("encoder.layer", "self", "", "embeddings", "embeddings.LayerNorm", "cls.predictions")
 
 
+# Beside the weights of an exported stage 1: what transformers' BLIP-2 has no place for.
+HEADS_FILE = "stage1_heads.safetensors"
+
+LAVIS_PROJECTIONS = ("opt_proj", "t5_proj", "llm_proj")
+
+
 def lavis(language_projection: str = "") -> Dialect:
-    """LAVIS; the projection is opt_proj, t5_proj or llm_proj."""
+    """LAVIS; the projection is one of `LAVIS_PROJECTIONS`, "" where there is none."""
     return Dialect(
         layers="Qformer.bert.encoder.layer",
         attention="self",
@@ -66,21 +72,27 @@ def lavis(language_projection: str = "") -> Dialect:
     )
 
 
-TRANSFORMERS = Dialect(
+_BLIP2 = Dialect(
     layers="qformer.encoder.layer",
     attention="attention",
     query_suffix="_query",
     embeddings="embeddings",
     embeddings_norm="qformer.layernorm",
-    language_head="",
+    # transformers has neither ITG's head nor the temperature; our exports keep them beside its tensors.
+    language_head="Qformer.cls.predictions",
     ln_vision="vision_model.post_layernorm",
     vision_proj="vision_projection",
     text_proj="text_projection",
+    temperature="temp",
     language_projection="language_projection",
 )
-TRANSFORMERS_INSTRUCT = dataclasses.replace(
-    TRANSFORMERS, embeddings="qformer.embeddings", embeddings_norm="qformer.embeddings.layernorm"
-)
+# By model_type.
+TRANSFORMERS = {
+    "blip-2": _BLIP2,
+    "instructblip": dataclasses.replace(
+        _BLIP2, embeddings="qformer.embeddings", embeddings_norm="qformer.embeddings.layernorm"
+    ),
+}
 
 
 def _dense(path: str, name: str) -> params.Table[Foreign]:
@@ -121,7 +133,7 @@ def table(d: Dialect) -> params.Table[Foreign]:
     """Rows for the trainable trees of both stages; `params.relevant` picks those that a tree needs."""
     layer = f"{d.layers}.{{layer}}"
     image = f"{layer}.crossattention.{d.attention}.{{0}}"
-    rows = [
+    return [
         (r"qformer/query_tokens", Foreign("query_tokens", as_is())),
         (r"qformer/(word|position)_embeddings/embedding", Foreign(f"{d.embeddings}.{{0}}_embeddings.weight", as_is())),
         *_norm(r"qformer/embeddings_norm", d.embeddings_norm),
@@ -137,16 +149,11 @@ def table(d: Dialect) -> params.Table[Foreign]:
         *_dense(r"text_proj", d.text_proj),
         *_dense(r"itm_head", "itm_head"),
         *_dense(r"language_projection", d.language_projection),
+        *_dense(r"qformer/lm_head/dense", f"{d.language_head}.transform.dense"),
+        *_norm(r"qformer/lm_head/norm", f"{d.language_head}.transform.LayerNorm"),
+        (r"qformer/lm_head/bias", Foreign(f"{d.language_head}.bias", as_is())),
+        (r"temperature", Foreign(d.temperature, as_is())),
     ]
-    if d.language_head:
-        rows += [
-            *_dense(r"qformer/lm_head/dense", f"{d.language_head}.transform.dense"),
-            *_norm(r"qformer/lm_head/norm", f"{d.language_head}.transform.LayerNorm"),
-            (r"qformer/lm_head/bias", Foreign(f"{d.language_head}.bias", as_is())),
-        ]
-    if d.temperature:
-        rows.append((r"temperature", Foreign(d.temperature, as_is())))
-    return rows
 
 
 def layers_of(config: QFormerConfig, path: str) -> Sequence[int] | int | None:

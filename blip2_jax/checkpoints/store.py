@@ -15,6 +15,7 @@ import pathlib
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint.experimental.v1 as ocp
 
 from blip2_jax import params
@@ -111,6 +112,12 @@ class Store:
 
     def close(self) -> None:
         self._checkpointer.close()
+
+
+def save_alone(directory: pathlib.Path, trainable: params.Tree, config: dict, frozen: dict) -> None:
+    """Write a checkpoint to start from, without optimizer and data; it appears whole or not at all."""
+    parts = {"trainable": jax.tree.map(jnp.asarray, trainable), "facts": _Facts(config=config, frozen=frozen)}
+    ocp.save_checkpointables(directory.absolute(), parts)
 
 
 def ocp_abstract(leaf: jax.Array) -> jax.ShapeDtypeStruct:

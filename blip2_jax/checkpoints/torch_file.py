@@ -16,23 +16,45 @@ import numpy as np
 
 # Where programs keep the tensors among other things.
 _NESTED = ("model", "state_dict", "module")
+# A mapped file keeps in memory all that was ever read of it, until it is mapped anew.
+_REOPEN_BYTES = 2**28
 
 
 class TorchFile:
-    """The tensors of one or several PyTorch files, by name."""
+    """The tensors of one or several PyTorch files, by name.
 
-    def __init__(self, *files: pathlib.Path):
-        self.files = list(files)
-        self.where = ", ".join(map(str, files))
+    Attributes:
+      path: of the first file.
+      where: of all, for messages.
+      files: the files.
+    """
+
+    def __init__(self, *files: str | pathlib.Path):
+        """Open the files.
+
+        Raises:
+          FileNotFoundError: a file is not there.
+          ValueError: it is truncated, holds no tensors by name, or more than tensors.
+        """
+        self.files = [pathlib.Path(file) for file in files]
+        self.path = self.files[0]
+        self.where = ", ".join(map(str, self.files))
+        self._open()
+
+    def _open(self) -> None:
+        self._mapped_bytes = 0
         self._tensors: dict[str, Any] = {}
-        for file in files:
+        for file in self.files:
             self._tensors |= _open(file)
 
     def names(self) -> list[str]:
         return list(self._tensors)
 
     def read(self, name: str) -> np.ndarray:
+        if self._mapped_bytes > _REOPEN_BYTES:
+            self._open()
         tensor = self._tensors[name].detach()
+        self._mapped_bytes += tensor.nbytes
         if str(tensor.dtype) == "torch.bfloat16":  # numpy knows it by another name only.
             return tensor.view(_torch().int16).numpy().view(ml_dtypes.bfloat16)
         return tensor.numpy()

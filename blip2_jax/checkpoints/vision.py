@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from blip2_jax import params
 from blip2_jax.checkpoints import mapping
+from blip2_jax.checkpoints.huggingface import part_of
 from blip2_jax.checkpoints.mapping import Foreign, Report, Tensors, as_is, convolution, flat, leading, linear
 from blip2_jax.models.vision.vit import ViT, ViTConfig, resize_positions
 
@@ -172,99 +173,133 @@ _ACTIVATIONS = {
 }
 
 
-def vit_config(config: dict[str, Any], **changes: Any) -> tuple[ViTConfig, Dialect]:
-    """Sizes and dialect from a Hugging Face vision config; `changes` replace single fields.
+class Tower(NamedTuple):
+    """A ViT as a file has it.
+
+    Attributes:
+      config: its sizes there, for pictures of the size it was trained with.
+      dialect: what its tensors are called.
+      prefixes: what stands before those names, the first that fits.
+      image_mean, image_std: of pixel values 0 to 255.
+    """
+
+    config: ViTConfig
+    dialect: Dialect
+    prefixes: tuple[str, ...] = ("",)
+    image_mean: tuple[float, ...] = CLIP_MEAN
+    image_std: tuple[float, ...] = CLIP_STD
+
+
+EVA_G = Tower(ViTConfig(), LAVIS_EVA, ("", "visual_encoder."))
+CLIP_L = Tower(
+    ViTConfig(
+        width=1024,
+        layers=23,
+        mlp_width=4096,
+        activation="quick_gelu",
+        norm_epsilon=1e-5,
+        patch_bias=False,
+        pre_norm=True,
+    ),
+    LAVIS_CLIP,
+    ("visual.", "", "visual_encoder."),
+)
+
+
+def huggingface_tower(config: dict[str, Any]) -> Tower:
+    """The image encoder that a config.json describes, be it a whole model's or its own.
 
     CLIP is used as in the paper, up to its second-last block and without its last norm; SigLIP as a whole.
 
     Raises:
-      ValueError: a model_type that is none of BLIP-2's, InstructBLIP's, CLIP's, SigLIP's.
+      ValueError: a model_type that is none of BLIP-2's, InstructBLIP's, CLIP's, SigLIP's, or an unknown activation.
     """
-    kind = config.get("model_type", "")
-    size, patch, width = config["image_size"], config["patch_size"], config["hidden_size"]
-    fields = {
-        "image_size": size,
-        "patch": patch,
-        "width": width,
-        "layers": config["num_hidden_layers"],
-        "heads": config["num_attention_heads"],
-        "mlp_width": config["intermediate_size"],
-        "activation": _ACTIVATIONS[config["hidden_act"]],
-        "norm_epsilon": config["layer_norm_eps"],
-    }
-    if kind in ("blip_2_vision_model", "instructblip_vision_model"):
-        dialect = TRANSFORMERS_BLIP2
-    elif kind == "clip_vision_model":
-        dialect = TRANSFORMERS_CLIP
-        fields |= {"layers": fields["layers"] - 1, "patch_bias": False, "pre_norm": True}
-    elif kind == "siglip_vision_model":
-        dialect = TRANSFORMERS_SIGLIP
-        fields |= {"class_token": False, "final_norm": True}
-    else:
-        raise ValueError(
-            f"the image encoder's model_type is {kind!r}; expected blip_2_vision_model, instructblip_vision_model, "
-            "clip_vision_model or siglip_vision_model"
-        )
-    return ViTConfig(**(fields | changes)), dialect
+    config = config.get("vision_config", config)
+    kind, activation = config.get("model_type", ""), config.get("hidden_act")
+    if kind not in _KINDS:
+        raise ValueError(f"the image encoder's model_type is {kind!r}; expected one of {', '.join(_KINDS)}")
+    if activation not in _ACTIVATIONS:
+        raise ValueError(f"{kind} with hidden_act = {activation!r} is not supported, only {', '.join(_ACTIVATIONS)}")
+    sizes = ViTConfig(
+        image_size=config["image_size"],
+        patch=config["patch_size"],
+        width=config["hidden_size"],
+        layers=config["num_hidden_layers"],
+        heads=config["num_attention_heads"],
+        mlp_width=config["intermediate_size"],
+        activation=_ACTIVATIONS[activation],
+        norm_epsilon=config["layer_norm_eps"],
+    )
+    dialect, fields = _KINDS[kind]
+    if dialect is TRANSFORMERS_CLIP:
+        fields = fields | {"layers": sizes.layers - 1}
+    mean = std = (127.5,) * 3
+    if dialect is not TRANSFORMERS_SIGLIP:
+        mean, std = CLIP_MEAN, CLIP_STD
+    return Tower(dataclasses.replace(sizes, **fields), dialect, ("vision_model.", ""), mean, std)
 
 
-def lavis_config(tensors: Tensors, **changes: Any) -> tuple[ViTConfig, Dialect]:
-    """Sizes and dialect of a tower in LAVIS's names, from the shapes of its tensors; `changes` replace single fields.
+# model_type -> dialect, and what differs from BLIP-2's own ViT.
+_KINDS: dict[str, tuple[Dialect, dict[str, Any]]] = {
+    "blip_2_vision_model": (TRANSFORMERS_BLIP2, {}),
+    "instructblip_vision_model": (TRANSFORMERS_BLIP2, {}),
+    "clip_vision_model": (TRANSFORMERS_CLIP, {"patch_bias": False, "pre_norm": True}),
+    "siglip_vision_model": (TRANSFORMERS_SIGLIP, {"class_token": False, "final_norm": True}),
+}
+
+
+def lavis_tower(tensors: Tensors) -> Tower:
+    """EVA-CLIP ViT-g or CLIP ViT-L in LAVIS's names, by the shapes of its tensors.
 
     Raises:
-      ValueError: neither EVA-CLIP ViT-g nor CLIP ViT-L.
+      ValueError: it is neither.
     """
-    known = set(tensors.names())
-    eva = "patch_embed.proj.weight" in known
-    dialect = LAVIS_EVA if eva else LAVIS_CLIP
-    width, _, patch, _ = tensors.read(f"{dialect.patch}.weight").shape
-    tokens = tensors.read(dialect.positions).shape[-2]
-    if (eva, width) not in ((True, 1408), (False, 1024)) and "heads" not in changes:
-        raise ValueError(
-            f"{tensors.where}: a ViT of width {width} is neither EVA-CLIP ViT-g (1408) nor CLIP ViT-L (1024)"
-        )
-    blocks = 1 + max(
-        int(name.removeprefix(f"{dialect.layers}.").partition(".")[0]) for name in known if dialect.layers in name
-    )
-    fields = {
-        "image_size": math.isqrt(tokens - 1) * patch,
-        "patch": patch,
-        "width": width,
-        "layers": min(blocks, 39 if eva else 23),
-        "heads": 16,
-        "mlp_width": len(tensors.read(f"{dialect.layers}.0.{dialect.up}.bias")),
-        "activation": "gelu" if eva else "quick_gelu",
-        "norm_epsilon": 1e-6 if eva else 1e-5,
-        "patch_bias": eva,
-        "pre_norm": not eva,
-    }
-    return ViTConfig(**(fields | changes)), dialect
+    for tower in (EVA_G, CLIP_L):
+        sizes, names = tower.config, tower.dialect
+        try:
+            found = part_of(tensors, f"{names.patch}.weight", tower.prefixes)
+        except ValueError:
+            continue
+        width, _, patch, _ = found.read(f"{names.patch}.weight").shape
+        if (width, patch) != (sizes.width, sizes.patch):
+            raise ValueError(
+                f"{tensors.where}: a ViT of width {width} with patches of {patch}; expected width {sizes.width} "
+                f"with patches of {sizes.patch}, which is what LAVIS calls by these names"
+            )
+        tokens = found.read(names.positions).shape[-2]
+        return tower._replace(config=dataclasses.replace(sizes, image_size=math.isqrt(tokens - 1) * patch))
+    raise ValueError(f"{tensors.where}: neither an EVA-CLIP ViT-g nor a CLIP ViT-L in LAVIS's names")
 
 
 def load(
-    tensors: Tensors, config: ViTConfig, dialect: Dialect, image_size: int, dtype: Any
-) -> tuple[ViTConfig, dict, Report]:
+    tower: Tower, tensors: Tensors, config: ViTConfig, dtype: Any, put: mapping.Put = mapping.to_device
+) -> tuple[dict, Report]:
     """Read a tower and fit its position embedding to pictures of another size.
 
     Args:
-      tensors: of the tower alone.
-      config, dialect: of the file.
-      image_size: the side of the pictures that will come.
+      tower: what the file holds.
+      tensors: the file, which may hold more than the tower.
+      config: as it will be used; like `tower.config` but for the image size and how it is run.
       dtype: of the parameters.
+      put: what becomes of a finished leaf, such as its way to the devices.
 
     Returns:
-      The config for that size, the tree of `ViT`, and what was found in the file.
+      The tree of `ViT`, and what was found in the file.
     """
-    image = jax.ShapeDtypeStruct((1, config.image_size, config.image_size, 3), jnp.float32)
-    shapes = jax.eval_shape(lambda image: ViT(config).init(jax.random.key(0), image)["params"], image)
-    template = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), shapes)
-    mapped = mapping.resolve(template, table(dialect, config), lambda path: layers_of(config, path))
-    resized = dataclasses.replace(config, image_size=image_size)
+    own = part_of(tensors, f"{tower.dialect.patch}.weight", tower.prefixes)
+    template = shapes(tower.config, dtype)
+    mapped = mapping.resolve(template, table(tower.dialect, tower.config), functools.partial(layers_of, tower.config))
 
-    def put(path: str, array: np.ndarray) -> jax.Array:
+    def resize(path: str, array: np.ndarray):
         if path == "positions":
-            array = resize_positions(array, config.image_size, resized, dialect.align_corners)
-        return jnp.asarray(array)
+            array = resize_positions(array, tower.config.image_size, config, tower.dialect.align_corners)
+        return put(path, array)
 
-    tree = mapping.load(template, mapped, tensors, put)
-    return resized, tree, mapping.account(tensors.names(), mapping.names(mapped), dialect.aside)
+    tree = mapping.load(template, mapped, own, resize)
+    return tree, mapping.account(own.names(), mapping.names(mapped), tower.dialect.aside)
+
+
+def shapes(config: ViTConfig, dtype: Any) -> params.Tree:
+    """The tree of a `ViT` without its values."""
+    image = jnp.zeros((1, config.image_size, config.image_size, 3))
+    return mapping.template(lambda key: ViT(config).init(key, image)["params"], dtype)

@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 AXES = ("data", "fsdp", "tensor")
 
@@ -37,6 +37,11 @@ def make_mesh(text: str, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """The mesh of all devices, or of `devices`."""
     devices = jax.devices() if devices is None else devices
     return jax.make_mesh(parse_mesh(text, len(devices)), AXES, (AxisType.Auto,) * 3, devices=devices)
+
+
+def abstract_mesh(text: str, devices: int) -> AbstractMesh:
+    """The mesh of as many devices as are not there, to say how things would lie on it."""
+    return AbstractMesh(parse_mesh(text, devices), AXES)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from blip2_jax import params
 
@@ -34,7 +34,7 @@ PARAMETERS: params.Table[Spec] = [
 ]
 
 
-def specs(tree: params.Tree, mesh: Mesh, table: params.Table[Spec] = PARAMETERS) -> params.Tree:
+def specs(tree: params.Tree, mesh: Mesh | AbstractMesh, table: params.Table[Spec] = PARAMETERS) -> params.Tree:
     """A PartitionSpec at every leaf; a dimension that its mesh axis does not divide is whole on every device."""
     rows = params.resolve(params.relevant(table, tree), tree, "sharding")
     flat = params.flatten(rows)

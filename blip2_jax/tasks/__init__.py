@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import ml_collections
 
 from blip2_jax import params
-from blip2_jax.checkpoints import frozen, store
+from blip2_jax.checkpoints import frozen, store, trained
 from blip2_jax.tasks.common import Task
 from blip2_jax.tasks.stage1 import Stage1
 from blip2_jax.tasks.stage2 import Stage2
@@ -40,10 +40,18 @@ def starting_point(task: Task) -> Callable[[jax.Array], params.Tree]:
             "stage 2 starts from a Q-Former that stage 1 has trained: name its workdir with --config.init=DIR "
             "(or --config.init=scratch to train without stage 1)"
         )
+    if init.startswith(("lavis:", "hf:")):
+        return lambda key: _foreign_start(task, init, key)
     checkpoint = store.find_checkpoint(init)
     _, parts = store.read_facts(checkpoint)
     frozen.check({"vision": task.parts["vision"]}, {"vision": parts["vision"]}, str(checkpoint))
     return lambda key: warm_start(task.initialize(key), store.load_trainable(checkpoint), str(checkpoint))
+
+
+def _foreign_start(task: Task, init: str, key: jax.Array) -> params.Tree:
+    trained_parameters, report = trained.read(init, task.shapes(), task.blip2.qformer)
+    report.tell(init)
+    return warm_start(task.initialize(key), trained_parameters, init)
 
 
 def warm_start(fresh: params.Tree, trained: params.Tree, where: str) -> params.Tree:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import functools
 import re
 from collections.abc import Callable, Sequence
 
@@ -13,7 +14,7 @@ import ml_collections
 import numpy as np
 
 from blip2_jax import params
-from blip2_jax.checkpoints import frozen
+from blip2_jax.checkpoints import frozen, mapping
 from blip2_jax.checkpoints.bert import initialize_qformer, qformer_config
 from blip2_jax.checkpoints.downloads import cache_directory
 from blip2_jax.data.features import View, compute
@@ -41,16 +42,17 @@ class Task(abc.ABC):
     model: nn.Module
 
     def __init__(self, config: ml_collections.ConfigDict):
+        """Build the modules; weights and tokenizers are read when they are first needed."""
         self.config = config
         self.dtype = frozen.frozen_dtype()
         self.parts = {"vision": frozen.find("vision", config.vision), "bert": frozen.find("bert", config.bert)}
-        self.encoder, self._vision = frozen.load_vision(self.parts["vision"], self.dtype)
+        self.encoder = frozen.vision_encoder(self.parts["vision"], config.image_size, self.dtype)
         self._encode = jax.jit(self.encoder.encode)
         self._sources: dict[str, Source] = {}
         model = config.model
         self.blip2 = Blip2Config(
             qformer=qformer_config(
-                self.parts["bert"].directory.config(),
+                self.parts["bert"].config(),
                 layers=model.layers,
                 queries=model.queries,
                 cross_attention_every=model.cross_attention_every,
@@ -60,10 +62,11 @@ class Task(abc.ABC):
                 unroll=model.unroll,
                 dtype=self.dtype,
             ),
-            image_tokens=self.encoder.tokens(config.image_size),
+            image_tokens=self.encoder.tokens,
             image_positions=model.image_positions,
             embed_width=model.embed_width,
             text_pooling=model.text_pooling,
+            ln_vision_epsilon=model.ln_vision_epsilon,
         )
 
     # What a stage says of itself.
@@ -100,10 +103,27 @@ class Task(abc.ABC):
 
     # What follows from it.
 
+    @functools.cached_property
+    def vision_parameters(self) -> params.Tree:
+        return frozen.load_vision(self.parts["vision"], self.encoder, self.dtype)
+
+    @functools.cached_property
+    def caption_tokenizer(self) -> CaptionTokenizer:
+        """That of the BERT."""
+        return CaptionTokenizer(self.parts["bert"].path)
+
+    def shapes(self) -> params.Tree:
+        """The trainable tree without its values."""
+        return mapping.template(self.fresh)
+
+    def frozen_shapes(self) -> params.Tree:
+        """The whole frozen trees without their values."""
+        return {"vision": mapping.template(self.encoder.init, self.dtype)}
+
     @property
     def frozen(self) -> params.Tree:
         """The frozen parameters that the training step needs; empty where image tokens are computed before."""
-        return {} if self.config.data.feature_views else {"vision": self._vision}
+        return {} if self.config.data.feature_views else {"vision": self.vision_parameters}
 
     def frozen_identity(self) -> dict[str, dict[str, str]]:
         """Source, content hash and dtype of every part that this run is built on, for frozen.json."""
@@ -111,7 +131,7 @@ class Task(abc.ABC):
 
     def encode(self, images: np.ndarray) -> jax.Array:
         """uint8[B, S, S, 3] -> image_embeds float[B, P, D], by the frozen encoder."""
-        return self._encode(self._vision, images)
+        return self._encode(self.vision_parameters, images)
 
     def image_embeds(self, frozen_params: params.Tree, batch: Batch) -> jax.Array:
         """float[B, P, D] raw from the encoder: from the batch, or by running the frozen encoder."""
@@ -123,7 +143,7 @@ class Task(abc.ABC):
         """The fields of a batch that every stage has."""
         batch, size = self.config.batch_size, self.config.image_size
         image = {"image": jax.ShapeDtypeStruct((batch, size, size, 3), np.uint8)}
-        tokens = (batch, self.blip2.image_tokens, self.encoder.width)
+        tokens = (batch, self.encoder.tokens, self.encoder.width)
         cached = {"image_embeds": jax.ShapeDtypeStruct(tokens, np.float16)}
         return (cached if self.config.data.feature_views else image) | {
             "image_id": jax.ShapeDtypeStruct((batch, 2), np.uint32),
@@ -131,12 +151,22 @@ class Task(abc.ABC):
         }
 
     def initialize(self, key: jax.Array) -> params.Tree:
-        """The trainable tree at the start of the paper's recipe: BERT's weights where it has them."""
+        """The trainable tree at the start of the paper's recipe: BERT's weights where it has them.
+
+        Where config.bert is a whole BLIP-2, which has no BERT inside, everything is fresh.
+        """
         tree = dict(jax.jit(self.fresh)(key))
+        if not self.has_bert:
+            return tree
         tree["qformer"] = initialize_qformer(
-            tree["qformer"], self.parts["bert"].directory, self.blip2.qformer, self.config.model.keep_token_type
+            tree["qformer"], self.parts["bert"].tensors, self.blip2.qformer, self.config.model.keep_token_type
         )
         return jax.tree.map(jnp.asarray, tree)
+
+    @property
+    def has_bert(self) -> bool:
+        """Whether config.bert has weights that the Q-Former can start from, not only sizes and a tokenizer."""
+        return "qformer_config" not in self.parts["bert"].config()
 
     def decay_table(self) -> params.Table[bool]:
         """Which parameters weight decay pulls: not norms, biases and the temperature."""
@@ -166,7 +196,7 @@ class Task(abc.ABC):
             view = plain
         if training and not data.feature_views:
             return Pictures(name, source, view)
-        shape = (self.blip2.image_tokens, self.encoder.width)
+        shape = (self.encoder.tokens, self.encoder.width)
         identity = self.parts["vision"].sha256
         table = compute(source, view, self.encode, shape, identity, cache_directory(), f"image features of {name}")
         return Pictures(name, source, view, table)
@@ -186,12 +216,12 @@ class Task(abc.ABC):
     def sentence_embeddings(self, texts: Sequence[str]) -> np.ndarray:
         """float32[N, D] of unit length: the mean of what BERT, as it was before training, makes of a text's tokens."""
         config = self.blip2.qformer
-        qformer, tokenizer = QFormer(config), CaptionTokenizer(self.parts["bert"].directory.path)
-        ids, mask = tokenizer([clean_caption(text) for text in texts], min(32, config.max_positions))
+        qformer, clean = QFormer(config), [clean_caption(text) for text in texts]
+        ids, mask = self.caption_tokenizer(clean, min(32, config.max_positions))
         ids, mask = ids[:, : mask.sum(1).max()], mask[:, : mask.sum(1).max()]
         init = jax.jit(lambda key: qformer.init(key, ids[:1], mask[:1], method="encode_text"))
         fresh = init(jax.random.key(0))["params"]
-        weights = initialize_qformer(fresh, self.parts["bert"].directory, config, keep_token_type=True)
+        weights = initialize_qformer(fresh, self.parts["bert"].tensors, config, keep_token_type=True)
 
         @jax.jit
         def encode(ids: jax.Array, mask: jax.Array) -> jax.Array:

@@ -12,7 +12,7 @@ from blip2_jax import params
 from blip2_jax.checkpoints.bert import has_language_head
 from blip2_jax.data.pipeline import Batch, Part, Pictures, Schema, collate_images, evaluation_batches
 from blip2_jax.data.sources import identify, parse_mixture
-from blip2_jax.data.text import CaptionTokenizer, clean_caption, log_frequencies
+from blip2_jax.data.text import clean_caption, log_frequencies
 from blip2_jax.evaluation import retrieval
 from blip2_jax.evaluation.batches import in_batches
 from blip2_jax.models.blip2 import ImageTextModel
@@ -42,7 +42,6 @@ class Stage1(Task):
                 f"evaluation.rerank_rule = {config.evaluation.rerank_rule!r}: expected one of "
                 f"{', '.join(retrieval.RULES)}"
             )
-        self.tokenizer = CaptionTokenizer(self.parts["bert"].directory.path)
         self.model = ImageTextModel(self.blip2)
         self._image_features = jax.jit(self._encode_images)
         self._text_features = jax.jit(self._encode_texts)
@@ -64,12 +63,12 @@ class Stage1(Task):
 
     def collate(self, examples: Sequence[dict]) -> Batch:
         texts = [example["text"] for example in examples]
-        ids, mask = self.tokenizer(texts, self.config.data.max_text_tokens)
+        ids, mask = self.caption_tokenizer(texts, self.config.data.max_text_tokens)
         text_id = np.stack([identify("text", text) for text in texts])
         return collate_images(examples) | {"text_ids": ids, "text_mask": mask, "text_id": text_id}
 
     def fresh(self, key: jax.Array) -> params.Tree:
-        image = jnp.zeros((2, self.blip2.image_tokens, self.encoder.width))
+        image = jnp.zeros((2, self.encoder.tokens, self.encoder.width))
         ids, mask = jnp.zeros((2, 4), jnp.int32), jnp.ones((2, 4), bool)
 
         def every_pass(model: ImageTextModel):
@@ -83,7 +82,7 @@ class Stage1(Task):
 
     def initialize(self, key: jax.Array) -> params.Tree:
         tree = super().initialize(key)
-        if self.config.objective.itg_prior and not has_language_head(self.parts["bert"].directory):
+        if self.has_bert and self.config.objective.itg_prior and not has_language_head(self.parts["bert"].tensors):
             flat = params.flatten(tree)
             flat["qformer/lm_head/bias"] = jnp.asarray(self._token_prior(self.config.objective.itg_prior))
             tree = params.unflatten(flat)
@@ -99,7 +98,7 @@ class Stage1(Task):
             source = self.source(name)
             texts += [text for index in range(min(captions, len(source))) for text in source[index]["captions"]]
         texts = [clean_caption(text, self.config.data.lower_case) for text in texts]
-        ids, mask = self.tokenizer(texts, self.config.data.max_text_tokens)
+        ids, mask = self.caption_tokenizer(texts, self.config.data.max_text_tokens)
         return log_frequencies(ids[:, 1:], mask[:, 1:], self.blip2.qformer.vocab_size)
 
     def loss(self, trainable, frozen, batch, key) -> tuple[jax.Array, Metrics]:
@@ -162,7 +161,7 @@ class Stage1(Task):
         rows = max(1, round(self.config.objective.itg_share * len(batch["text_ids"])))
         groups = jax.tree.map(lambda x: x[:, :rows], cache.groups)
         cache = QFormerCache(groups, jax.tree.map(lambda x: x[:rows], cache.tail))
-        ids = batch["text_ids"][:rows].at[:, 0].set(self.tokenizer.decoder_start)
+        ids = batch["text_ids"][:rows].at[:, 0].set(self.caption_tokenizer.decoder_start)
         mask = batch["text_mask"][:rows]
         features, matrix, bias = model.caption_features(cache, ids, mask, deterministic=deterministic)
         targets, wanted = language_modeling.next_token_targets(ids, mask)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import jax
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from blip2_jax import decoding, params
-from blip2_jax.checkpoints import frozen
+from blip2_jax.checkpoints import frozen, language
 from blip2_jax.data.pipeline import Batch, Part, Pictures, Schema, collate_images, evaluation_batches
 from blip2_jax.data.text import LanguageTokenizer, clean_caption, pad
 from blip2_jax.evaluation import captioning
@@ -29,12 +30,24 @@ class Stage2(Task):
     def __init__(self, config):
         super().__init__(config)
         self.parts["llm"] = frozen.find("llm", config.llm)
-        self.language_model, self._language = frozen.load_language_model(self.parts["llm"], self.dtype)
-        self.tokenizer = LanguageTokenizer(self.parts["llm"].directory.path, config.data.begin, config.data.end)
+        changes = {"activation": config.llm_activation} if config.llm_activation else {}
+        self.language_model = frozen.language_model(self.parts["llm"], self.dtype, **changes)
         self.model = SoftPromptModel(self.blip2, self.language_model.config.width)
         self._soft_prompt = jax.jit(self.soft_prompt)
         self._loss_sum = jax.jit(self._language_loss)
         self._generate = jax.jit(self._greedy, static_argnames="max_new_tokens")
+
+    @functools.cached_property
+    def _language(self) -> params.Tree:
+        return frozen.load_language_model(self.parts["llm"], self.language_model, self.dtype)
+
+    @functools.cached_property
+    def tokenizer(self) -> LanguageTokenizer:
+        """That of the language model."""
+        return LanguageTokenizer(self.parts["llm"].path, self.config.data.begin, self.config.data.end)
+
+    def frozen_shapes(self) -> params.Tree:
+        return super().frozen_shapes() | {"language": language.shapes(self.language_model, self.dtype)}
 
     @property
     def frozen(self) -> params.Tree:
@@ -43,6 +56,7 @@ class Stage2(Task):
     # Data: captions behind a fixed prompt, and answers behind a question.
 
     def training_parts(self) -> list[Part]:
+        self._require_what_is_built()
         data = self.config.data
         asked = data.question_share if data.questions else 0.0
         if not 0 <= asked < 1:
@@ -95,8 +109,16 @@ class Stage2(Task):
     # Model and loss.
 
     def fresh(self, key: jax.Array) -> params.Tree:
-        image = jnp.zeros((2, self.blip2.image_tokens, self.encoder.width))
-        return self.model.init(key, image)["params"]
+        image = jnp.zeros((2, self.encoder.tokens, self.encoder.width))
+        # InstructBLIP's Q-Former reads the instruction too, and so has the text's parameters.
+        text = (jnp.zeros((2, 4), jnp.int32), jnp.ones((2, 4), bool)) if self.config.instruct else ()
+        return self.model.init(key, image, *text)["params"]
+
+    def _require_what_is_built(self) -> None:
+        """Say clearly what can so far be imported, exported and looked at, and not more."""
+        if self.config.instruct or not isinstance(self.language_model, Decoder):
+            what = "InstructBLIP" if self.config.instruct else f"{type(self.language_model).__name__} as config.llm"
+            raise ValueError(f"{what}: import, export and inspect are there, training and generation not yet")
 
     def read_image(self, model: SoftPromptModel, image_embeds: jax.Array) -> jax.Array:
         return model(image_embeds)
@@ -156,6 +178,7 @@ class Stage2(Task):
 
     def generate(self, soft_prompt: np.ndarray, prompts: Sequence[str], max_new_tokens: int) -> list[str]:
         """Greedy texts for soft prompts float[B, Q, D] and as many prompts."""
+        self._require_what_is_built()
         length = max(len(self.tokenizer.encode(prompt)) for prompt in prompts)
         ids, mask = self.tokenizer.prompts(prompts, length)
         tokens = self._generate(self._language, soft_prompt, ids, mask, max_new_tokens=max_new_tokens)

@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from blip2_jax.checkpoints import frozen
 from blip2_jax.data import images
@@ -35,14 +36,16 @@ def test_an_accelerator_gets_the_convolution():
 @pytest.mark.parametrize(("side", "tokens"), [(64, 4), (160, 25), (161, 36), (224, 49)])
 def test_tokens_of_the_shipped_encoder(side, tokens):
     part = frozen.find("vision", "nano:")
-    encoder = vision.build(part.directory.config())
-    assert encoder.tokens(side) == tokens
+    encoder = vision.build(part.config(), side)
+    assert encoder.tokens == tokens
     assert encoder.width == 320
 
 
 def test_the_shipped_encoder_finds_the_other_drawing_of_a_thing():
     """Twelve things in two artists' drawings: chance finds one of them."""
-    encoder, parameters = frozen.load_vision(frozen.find("vision", "nano:"), jnp.float32)
+    part = frozen.find("vision", "nano:")
+    encoder = frozen.vision_encoder(part, 128, jnp.float32)
+    parameters = frozen.load_vision(part, encoder, jnp.float32)
     source = open_source("nano:test_concept")
     records = [source[index] for index in range(len(source))][::32][:12]
     twins = [next(source[i] for i in range(len(source)) if source[i]["key"] == other(r["key"])) for r in records]
@@ -62,10 +65,12 @@ def other(key):
 def test_a_random_encoder_has_the_same_shape_and_another_identity():
     shipped, random = frozen.find("vision", "nano:"), frozen.find("vision", "random:3")
     assert shipped.sha256 != random.sha256
-    _, weights = frozen.load_vision(random, jnp.float32)
-    chex.assert_trees_all_equal_shapes(weights, frozen.load_vision(shipped, jnp.float32)[1])
+    encoder = frozen.vision_encoder(shipped, 64, jnp.float32)
+    chex.assert_trees_all_equal_shapes(*(frozen.load_vision(part, encoder, jnp.float32) for part in (shipped, random)))
 
 
-def test_an_unknown_encoder_is_an_error():
-    with pytest.raises(ValueError, match="model_type 'resnet' is unknown"):
-        vision.build({"model_type": "resnet"})
+def test_an_unknown_encoder_is_an_error(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "resnet"}')
+    save_file({"x": np.zeros(1)}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="the image encoder's model_type is 'resnet'; expected one of"):
+        frozen.vision_encoder(frozen.find("vision", f"hf:{tmp_path}"), 64, jnp.float32)

@@ -119,7 +119,7 @@ def _built(case: Case, module: nn.Module, init: Callable, table, layers_of, pref
 def vit(case: Case, kind: str = "eva", prefix: str = "") -> tuple[ViTConfig, vision.Dialect, Built]:
     """The image encoder; `kind` and `prefix` count for LAVIS."""
     if case.program == "hf":
-        config, dialect = vision.vit_config(case.config["vision_config"])
+        config, dialect = vision.huggingface_tower(case.config)[:2]
         prefix = "vision_model."
     else:
         a = case.architecture[f"vision_{kind}"]
@@ -217,7 +217,7 @@ def stage1(case: Case) -> tuple[Blip2Config, Built]:
     config = _blip2_config(case)
     module, init = _stage1_init(case, config)
     layers_of = functools.partial(qformer.layers_of, config.qformer)
-    dialect = qformer.lavis() if case.program == "lavis" else qformer.TRANSFORMERS
+    dialect = qformer.lavis() if case.program == "lavis" else qformer.TRANSFORMERS["blip-2"]
     added = {} if case.program == "lavis" else {"temperature": np.float32(1)}  # transformers has none.
     return config, _built(case, module, init, qformer.table(dialect), layers_of, **added)
 
@@ -231,9 +231,7 @@ def soft_prompt(case: Case, instruct: bool, projection: str = "") -> tuple[Blip2
     width = vit(case, prefix="visual_encoder.")[0].width
     init = lambda key: module.init(key, jnp.zeros((2, 3, width)), *text)
     layers_of = functools.partial(qformer.layers_of, config.qformer)
-    dialect = qformer.lavis(projection) if projection else qformer.TRANSFORMERS
-    if instruct and not projection:
-        dialect = qformer.TRANSFORMERS_INSTRUCT
+    dialect = qformer.lavis(projection) if projection else qformer.TRANSFORMERS[case.config["model_type"]]
     return config, _built(case, module, init, qformer.table(dialect), layers_of)
 
 

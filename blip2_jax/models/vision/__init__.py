@@ -8,6 +8,7 @@ float[B, P, D]: a sequence of image tokens, be they the patches of a ViT or the 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -25,21 +26,25 @@ class VisionEncoder:
     Attributes:
       module: float[B, S, S, 3] -> float[B, P, D].
       width: D.
+      image_size: S, in pixels.
       image_mean, image_std: of the channels, for pixel values 0 to 255.
     """
 
     module: nn.Module
     width: int
+    image_size: int
     image_mean: tuple[float, ...]
     image_std: tuple[float, ...]
 
-    def tokens(self, image_size: int) -> int:
-        """P at a side of `image_size` pixels."""
-        return jax.eval_shape(lambda key: self.init(key, image_size), jax.random.key(0))[0].shape[1]
+    @functools.cached_property
+    def tokens(self) -> int:
+        """P."""
+        image = jnp.zeros((1, self.image_size, self.image_size, 3))
+        return jax.eval_shape(lambda key: self.module.init_with_output(key, image)[0], jax.random.key(0)).shape[1]
 
-    def init(self, key: jax.Array, image_size: int) -> tuple[jax.Array, Any]:
-        """Image tokens of an empty picture, and fresh parameters."""
-        return self.module.init_with_output(key, jnp.zeros((1, image_size, image_size, 3)))
+    def init(self, key: jax.Array) -> Any:
+        """Fresh parameters."""
+        return self.module.init(key, jnp.zeros((1, self.image_size, self.image_size, 3)))["params"]
 
     def encode(self, params: Any, image: jax.Array) -> jax.Array:
         """uint8[B, S, S, 3] -> image_embeds float[B, P, D]; normalisation happens here, on the device."""
@@ -57,14 +62,12 @@ _BUILDERS: dict[str, Callable[[dict[str, Any], jnp.dtype], tuple[nn.Module, int]
 }
 
 
-def build(config: dict[str, Any], dtype: jnp.dtype = jnp.float32) -> VisionEncoder:
-    """The encoder that a config.json of ours describes.
+def is_ours(config: dict[str, Any]) -> bool:
+    """Whether a config.json describes an encoder of our own format, as the nano recipe's."""
+    return config.get("model_type") in _BUILDERS
 
-    Raises:
-      ValueError: its model_type is unknown.
-    """
-    kind = config.get("model_type")
-    if kind not in _BUILDERS:
-        raise ValueError(f"vision model_type {kind!r} is unknown; expected one of {', '.join(_BUILDERS)}")
-    module, width = _BUILDERS[kind](config, dtype)
-    return VisionEncoder(module, width, tuple(config["image_mean"]), tuple(config["image_std"]))
+
+def build(config: dict[str, Any], image_size: int, dtype: jnp.dtype = jnp.float32) -> VisionEncoder:
+    """The encoder that a config.json of ours describes, for pictures of a size."""
+    module, width = _BUILDERS[config["model_type"]](config, dtype)
+    return VisionEncoder(module, width, image_size, tuple(config["image_mean"]), tuple(config["image_std"]))

@@ -13,6 +13,7 @@ REQUIREMENTS = [
     "flax>=0.12.4",
     "gguf>=0.17.1",
     "grain>=0.2.15",
+    "huggingface_hub>=1.0",
     "jax>=0.10.0",
     "ml_collections>=1.1.0",
     "ml_dtypes>=0.5.1",
@@ -25,13 +26,14 @@ REQUIREMENTS = [
     "tensorboardX>=2.6.4",
     "tokenizers>=0.22.0",
     "tqdm>=4.67",
+    "transformers>=5.0",
 ]
 EXTRAS = {
     "gpu": ["jax[cuda12]"],
     "tpu": ["jax[tpu]"],
     "test": ["chex>=0.1.90", "pytest>=8.4", "ruff>=0.14"],
     # Comparisons with the originals; the CPU wheel is enough.
-    "torch": ["torch>=2.6", "transformers>=5.0", "accelerate>=1.10"],
+    "torch": ["torch>=2.6", "accelerate>=1.10"],
 }
 
 setup(

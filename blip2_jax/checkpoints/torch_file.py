@@ -17,7 +17,7 @@ import numpy as np
 # Where programs keep the tensors among other things.
 _NESTED = ("model", "state_dict", "module")
 # A mapped file keeps in memory all that was ever read of it, until it is mapped anew.
-_REOPEN_BYTES = 2**28
+_REOPEN_BYTES = 2**26
 
 
 class TorchFile:

@@ -16,6 +16,7 @@ from blip2_jax.data.text import LanguageTokenizer, clean_caption, pad
 from blip2_jax.evaluation import captioning
 from blip2_jax.models.blip2 import SoftPromptModel
 from blip2_jax.models.language import Row, join
+from blip2_jax.models.language.decoder import Decoder
 from blip2_jax.models.layers import causal_mask
 from blip2_jax.monitoring.progress import progress
 from blip2_jax.objectives.language_modeling import language_modeling_loss

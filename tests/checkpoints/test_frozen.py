@@ -3,8 +3,9 @@
 import jax
 import numpy as np
 import pytest
+from huggingface_hub.errors import LocalEntryNotFoundError
 
-from blip2_jax.checkpoints import frozen
+from blip2_jax.checkpoints import frozen, hub
 from tests import tiny
 
 
@@ -72,3 +73,29 @@ def test_another_encoder_than_its_config_says_is_refused(tmp_path):
     assert text.count("320") == 1
     with pytest.raises(ValueError, match=r"'block_15/project/bias' has shape \(320,\), but .* needs \(384,\)"):
         load_vision(f"hf:{tmp_path}")
+
+
+def test_a_model_of_the_hub_that_is_not_here(monkeypatch):
+    def nothing(name, allow_patterns):
+        raise LocalEntryNotFoundError("cannot reach the hub")
+
+    monkeypatch.setattr(hub, "snapshot_download", nothing)
+    part = frozen.find("llm", "hf:facebook/opt-2.7b")
+    assert part.config()["hidden_size"] == 2560  # Its sizes are known all the same.
+    with pytest.raises(
+        ConnectionError, match=r"hf:facebook/opt-2\.7b is neither a directory .* `hf download facebook/"
+    ):
+        part.tensors  # noqa: B018
+
+
+def test_a_model_in_the_cache_of_the_hub(tmp_path, monkeypatch):
+    asked = []
+
+    def cached(name, allow_patterns):
+        asked.append((name, allow_patterns))
+        return str(tmp_path / "snapshot")
+
+    tiny.llama(tmp_path / "snapshot")
+    monkeypatch.setattr(hub, "snapshot_download", cached)
+    assert len(frozen.find("llm", "hf:some/llama").tensors.names()) == 20
+    assert [name for name, _ in asked] == ["some/llama"]

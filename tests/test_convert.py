@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from blip2_jax import convert, params, tasks
+from blip2_jax import convert, params, tasks, trainer
 from blip2_jax.checkpoints import mapping, qformer, store
 from blip2_jax.models.layers import causal_mask
 from tests import tiny
@@ -172,6 +172,15 @@ def test_inspect_allocates_nothing_and_sums(folder, own_cache):
     assert "trainable/qformer/query_tokens" in text
     line = next(line for line in text.splitlines() if line.startswith("frozen/language/layers/up/kernel"))
     assert line.split()[1:] == ["2x20x44", "float32", "no", "-,fsdp,tensor"]
+
+
+def test_training_goes_on_from_what_was_imported(checkpoint, exported, own_cache, tmp_path):
+    """With a ViT that runs in every step, its pictures not encoded before."""
+    changes = {"init": f"hf:{exported}", "total_steps": 2, "log_every": 1, "data.feature_views": 0}
+    trainer.train(changed(checkpoint[0], **changes), tmp_path / "run")
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2]
+    assert all(np.isfinite(row["loss"]) for row in rows)
 
 
 CONFIGS = pathlib.Path(__file__).parent.parent / "configs"

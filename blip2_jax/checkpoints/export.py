@@ -19,7 +19,7 @@ from tokenizers import AddedToken, Tokenizer
 from blip2_jax import params
 from blip2_jax.checkpoints import language, mapping, qformer, vision
 from blip2_jax.checkpoints.frozen import Frozen
-from blip2_jax.checkpoints.huggingface import complete, part_of
+from blip2_jax.checkpoints.huggingface import complete, load_tokenizer, part_of
 from blip2_jax.models.blip2 import Blip2Config
 from blip2_jax.models.vision import VisionEncoder
 from blip2_jax.models.vision.vit import ViT, ViTConfig
@@ -137,7 +137,7 @@ def stage1(trainable: params.Tree, vision_tree: params.Tree, encoder: VisionEnco
     tower, tower_count = _vision_tensors(encoder, vision_tree)
     own, own_count, heads = _trained_tensors(trainable, blip2)
     config = _config(encoder, blip2, True, {"model_type": "opt"}, architectures=["Blip2ForImageTextRetrieval"])
-    tokenizer = Tokenizer.from_file(str(bert.path / "tokenizer.json"))
+    tokenizer = load_tokenizer(bert.path)
     tensors = (pair for part in (tower, own) for pair in part)
     queries = blip2.qformer.queries
     return Exported(config, tensors, tower_count + own_count, heads, tokenizer, bert.path, encoder, queries)
@@ -156,7 +156,7 @@ def stage2(
     text = dict(language.own_config(llm.config()))
     if llm_activation:
         text["dense_act_fn"] = {"gelu_tanh": "gelu_new"}.get(llm_activation, llm_activation)
-    tokenizer = Tokenizer.from_file(str(llm.path / "tokenizer.json"))
+    tokenizer = load_tokenizer(llm.path)
     tokenizer.add_special_tokens([AddedToken(IMAGE_TOKEN, normalized=False, special=True)])
     image_token = tokenizer.token_to_id(IMAGE_TOKEN)
     rows = max(text["vocab_size"], image_token + 1)

@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from transformers import CONFIG_MAPPING, AutoConfig
+from tokenizers import Tokenizer
+from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer
 
 from blip2_jax.checkpoints.mapping import Tensors
 from blip2_jax.checkpoints.torch_file import TorchFile
@@ -98,6 +99,26 @@ def complete(config: dict[str, Any]) -> dict[str, Any]:
     if config.get("model_type") not in CONFIG_MAPPING:
         return config
     return AutoConfig.for_model(**config).to_dict()
+
+
+def load_tokenizer(directory: pathlib.Path) -> Tokenizer:
+    """The tokenizer of a directory: tokenizer.json, or what transformers makes of older files.
+
+    Raises:
+      FileNotFoundError: there is none.
+    """
+    file = directory / "tokenizer.json"
+    try:
+        own = Tokenizer.from_file(str(file)) if file.exists() else AutoTokenizer.from_pretrained(directory)
+    except (OSError, ValueError, ImportError) as error:
+        raise FileNotFoundError(
+            f"{file} is missing, and transformers finds no tokenizer in other files there "
+            f"({str(error).strip().splitlines()[0]}); expected one beside the weights"
+        ) from error
+    tokenizer = own if isinstance(own, Tokenizer) else own.backend_tokenizer
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return tokenizer
 
 
 class Part:

@@ -8,7 +8,8 @@ import re
 from collections.abc import Sequence
 
 import numpy as np
-from tokenizers import Tokenizer
+
+from blip2_jax.checkpoints.huggingface import load_tokenizer
 
 _STRIPPED = re.compile(r"[.!\"()*#:;~]")
 _MAX_WORDS = 50
@@ -21,16 +22,6 @@ def clean_caption(text: str, lower_case: bool = True) -> str:
     """
     text = _STRIPPED.sub(" ", text.lower() if lower_case else text)
     return " ".join(text.split()[:_MAX_WORDS])
-
-
-def _load(directory: pathlib.Path) -> Tokenizer:
-    file = directory / "tokenizer.json"
-    if not file.exists():
-        raise FileNotFoundError(f"{file} is missing; expected a Hugging Face tokenizer beside the weights")
-    tokenizer = Tokenizer.from_file(str(file))
-    tokenizer.no_padding()
-    tokenizer.no_truncation()
-    return tokenizer
 
 
 def pad(rows: Sequence[Sequence[int]], length: int, fill: int) -> tuple[np.ndarray, np.ndarray]:
@@ -47,12 +38,13 @@ class CaptionTokenizer:
     """BERT's WordPiece with [CLS] and [SEP]; [DEC], which starts a caption in ITG, is one past its vocabulary."""
 
     def __init__(self, directory: pathlib.Path):
-        self._tokenizer = _load(directory)
+        self._tokenizer = load_tokenizer(directory)
         self._separator = self._tokenizer.token_to_id("[SEP]")
         self._padding = self._tokenizer.token_to_id("[PAD]")
         if self._separator is None or self._padding is None:
             raise ValueError(f"{directory}: the tokenizer has no [SEP] or [PAD]; expected BERT's WordPiece")
-        self.decoder_start = self._tokenizer.get_vocab_size()
+        known = self._tokenizer.token_to_id("[DEC]")
+        self.decoder_start = self._tokenizer.get_vocab_size() if known is None else known
 
     def __call__(self, texts: Sequence[str], length: int) -> tuple[np.ndarray, np.ndarray]:
         """int32[B, length] and bool[B, length]; a longer text loses its end, but not its [SEP]."""
@@ -84,11 +76,19 @@ class LanguageTokenizer:
           begin: what stands before everything: one token, or "" for nothing.
           end: what ends a text: one token, such as "\\n", or "" for the model's own end-of-text token.
         """
-        self._tokenizer = _load(directory)
+        self._tokenizer = load_tokenizer(directory)
         config = json.loads((directory / "config.json").read_text())
+        config = config.get("text_config", config)
+        own = config["eos_token_id"]
+        own = own[0] if isinstance(own, list) else own  # Llama 3 has several, the first ends a text.
         self.begin = [self._token("begin", begin)] if begin else []
-        self.end = self._token("end", end) if end else config["eos_token_id"]
-        self.padding = config.get("pad_token_id") or config["eos_token_id"]
+        self.end = self._token("end", end) if end else own
+        self.padding = config.get("pad_token_id") or own
+
+    @property
+    def vocab_size(self) -> int:
+        """How many tokens it knows."""
+        return self._tokenizer.get_vocab_size()
 
     def _token(self, name: str, text: str) -> int:
         ids = self.encode(text)

@@ -109,8 +109,18 @@ class Task(abc.ABC):
 
     @functools.cached_property
     def caption_tokenizer(self) -> CaptionTokenizer:
-        """That of the BERT."""
-        return CaptionTokenizer(self.parts["bert"].path)
+        """That of the BERT.
+
+        Raises:
+          ValueError: it has more tokens than the Q-Former has rows.
+        """
+        tokenizer, rows = CaptionTokenizer(self.parts["bert"].path), self.blip2.qformer.vocab_size
+        if tokenizer.decoder_start >= rows:
+            raise ValueError(
+                f"{self.parts['bert'].path}: the tokenizer's [DEC] is token {tokenizer.decoder_start}, but the "
+                f"Q-Former's vocabulary has {rows} rows: tokenizer and config.json do not belong together"
+            )
+        return tokenizer
 
     def shapes(self) -> params.Tree:
         """The trainable tree without its values."""

@@ -44,8 +44,19 @@ class Stage2(Task):
 
     @functools.cached_property
     def tokenizer(self) -> LanguageTokenizer:
-        """That of the language model."""
-        return LanguageTokenizer(self.parts["llm"].path, self.config.data.begin, self.config.data.end)
+        """That of the language model.
+
+        Raises:
+          ValueError: it has more tokens than the model has rows.
+        """
+        path, rows = self.parts["llm"].path, self.language_model.config.vocab_size
+        tokenizer = LanguageTokenizer(path, self.config.data.begin, self.config.data.end)
+        if tokenizer.vocab_size > rows:
+            raise ValueError(
+                f"{path}: the tokenizer has {tokenizer.vocab_size} tokens, but the model's vocabulary {rows} rows: "
+                "they do not belong together"
+            )
+        return tokenizer
 
     def frozen_shapes(self) -> params.Tree:
         return super().frozen_shapes() | {"language": language.shapes(self.language_model, self.dtype)}

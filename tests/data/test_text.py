@@ -1,5 +1,6 @@
 """Captions to tokens."""
 
+import json
 import math
 
 import pytest
@@ -80,3 +81,24 @@ def test_padding():
     ids, mask = pad([[1, 2], []], 3, 9)
     assert ids.tolist() == [[1, 2, 9], [9, 9, 9]]
     assert mask.tolist() == [[True, True, False], [False, False, False]]
+
+
+def test_a_tokenizer_of_older_files(tmp_path, llama):
+    """OPT comes with vocab.json and merges.txt; transformers makes of them what tokenizer.json would be."""
+    model = json.loads((llama / "tokenizer.json").read_text())["model"]
+    (tmp_path / "vocab.json").write_text(json.dumps(model["vocab"]))
+    (tmp_path / "merges.txt").write_text("\n".join(" ".join(pair) for pair in model["merges"]))
+    names = {name: "<|endoftext|>" for name in ("bos_token", "eos_token", "unk_token", "pad_token")}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "GPT2Tokenizer", **names}))
+    config = json.loads((llama / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"eos_token_id": [2, 1]}))
+    old, new = LanguageTokenizer(tmp_path), LanguageTokenizer(llama)
+    text = "a red square Question: category?"
+    assert old.encode(text) == new.encode(text)
+    assert (old.end, old.vocab_size) == (2, new.vocab_size)
+
+
+def test_a_directory_without_tokenizer(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "llama", "eos_token_id": 2}')
+    with pytest.raises(FileNotFoundError, match=r"tokenizer\.json is missing, and transformers finds no tokenizer"):
+        LanguageTokenizer(tmp_path)

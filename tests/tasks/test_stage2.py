@@ -1,11 +1,13 @@
 """Stage 2 in one piece: its loss and its texts against a plain rendering, row by row, without a cache."""
 
 import functools
+import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tokenizers import Tokenizer
 
 from blip2_jax import tasks
 from blip2_jax.models.layers import causal_mask
@@ -20,7 +22,7 @@ def stage2(request, folder):
     config = tiny.recipe("stage2", folder, init="scratch", batch_size=3, **{"data.begin": request.param})
     task = tasks.create(config)
     trainable = task.initialize(jax.random.key(0))
-    embeds = jax.random.normal(jax.random.key(1), (3, task.blip2.image_tokens, task.encoder.width))
+    embeds = jax.random.normal(jax.random.key(1), (3, task.encoder.tokens, task.encoder.width))
     return task, trainable, embeds
 
 
@@ -69,3 +71,17 @@ def test_the_text_is_the_likeliest_token_after_another(stage2):
         for _ in range(5):
             ids.append(int(plain_logits(task, soft_prompt[row], ids)[-1].argmax()))
         assert task.tokenizer.decode(ids[len(ids) - 5 :]).strip() == text
+
+
+@pytest.mark.parametrize(("stage", "part"), [("stage1", "bert"), ("stage2", "llm")])
+def test_a_vocabulary_of_another_size_is_refused(stage, part, folder, tmp_path):
+    """Tokens without a row would silently be read as the last one."""
+    config = tiny.recipe(stage, folder, init="scratch")
+    shutil.copytree(config[part].removeprefix("hf:"), tmp_path / part)
+    tokenizer = Tokenizer.from_file(str(tmp_path / part / "tokenizer.json"))
+    tokenizer.add_tokens(["one more", "and another"])
+    tokenizer.save(str(tmp_path / part / "tokenizer.json"))
+    config[part] = f"hf:{tmp_path / part}"
+    task = tasks.create(config)
+    with pytest.raises(ValueError, match=rf"{part}: the tokenizer.* do not belong together"):
+        task.caption_tokenizer if part == "bert" else task.tokenizer  # noqa: B018

@@ -6,6 +6,7 @@ every device. Heads are split over `tensor` whole or not at all; what is left of
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -52,3 +53,9 @@ def shardings(tree: params.Tree, mesh: Mesh, table: params.Table[Spec] = PARAMET
     """A NamedSharding at every leaf."""
     is_spec = lambda leaf: isinstance(leaf, PartitionSpec)
     return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs(tree, mesh, table), is_leaf=is_spec)
+
+
+def placer(tree: params.Tree, mesh: Mesh, table: params.Table[Spec] = PARAMETERS) -> Callable[[str, Any], jax.Array]:
+    """(path, array) -> the array where it belongs; for readers that go through a tree leaf by leaf."""
+    places = params.flatten(shardings(tree, mesh, table))
+    return lambda path, array: jax.device_put(array, places[path])

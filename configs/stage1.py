@@ -84,7 +84,7 @@ def nano() -> ConfigDict:
     config.evaluation = ConfigDict()
     config.evaluation.batch_size = 64
     config.evaluation.rerank = 4  # Candidates of each query that ITM judges again; 0: none.
-    config.evaluation.rerank_rule = "posterior"  # Or "lavis"; see blip2_jax/evaluation/retrieval.py.
+    config.evaluation.rerank_rule = "posterior"  # Or "tempered", "lavis"; see blip2_jax/evaluation/retrieval.py.
     return config
 
 
@@ -103,6 +103,7 @@ def nano_long() -> ConfigDict:
     config.optimizer.learning_rate = 3e-4
     config.optimizer.text_multiplier = 0.1
     config.evaluation.rerank = 16
+    config.evaluation.rerank_rule = "tempered"
     return config
 
 

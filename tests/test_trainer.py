@@ -264,7 +264,7 @@ def test_nonsense_settings_are_errors_before_training(folder, tmp_path):
         ({"optimizer.warmup": 100}, "warmup is 100 steps, but the run has 6"),
         ({"task": "stage3"}, "expected one of stage1, stage2"),
         ({"data.max_text_tokens": 17}, "16 positions"),
-        ({"evaluation.rerank_rule": "best"}, "rerank_rule = 'best': expected one of posterior, lavis"),
+        ({"evaluation.rerank_rule": "best"}, "rerank_rule = 'best': expected one of posterior, tempered, lavis"),
     ):
         with pytest.raises((ValueError, OSError), match=message):
             trainer.train(tiny.recipe("stage1", folder, **changes), tmp_path / "w")

@@ -71,6 +71,7 @@ def test_a_classifier_against_hard_negatives_and_what_drew_them_make_the_posteri
     found = retrieval.posterior(logits, cosines, temperature)
     assert np.argsort(found).tolist() == np.argsort(truth).tolist()
     assert np.argsort(log_odds).tolist() != np.argsort(truth).tolist()
+    np.testing.assert_allclose(retrieval.tempered(logits * 2, cosines, temperature), found)
     np.testing.assert_allclose(retrieval.lavis(logits, cosines, temperature), logits[:, 1] + cosines)
 
 

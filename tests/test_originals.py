@@ -83,7 +83,7 @@ def test_the_language_model_gives_the_same_logits(original_language_model):
     bound = model.bind({"params": parameters})
     hidden, _ = bound(bound.embed(jnp.asarray(ids)), jnp.arange(ids.shape[1])[None], causal_mask(ids.shape[1]))
     found = np.asarray(hidden @ bound.head().T)
-    assert np.abs(found - expected).max() < 1e-3 * np.abs(expected).max()
+    assert np.abs(found - expected).max() < 1e-4 * np.abs(expected).max()
     for logits in (found, expected):
         losses = -np.take_along_axis(np.asarray(jax.nn.log_softmax(logits[:, :-1])), ids[:, 1:, None], -1)
         assert np.exp(losses.mean()) == pytest.approx(21.456, rel=2e-3)
@@ -143,7 +143,7 @@ def test_the_encoder_is_the_original_up_to_its_last_normalisation(published_enco
     encoder = frozen.vision_encoder(frozen.find("vision", "nano:"), 160, np.float32)
     exact = {path: jnp.asarray(array, jnp.float32) for path, array in build.converted(weights).items()}
     found = np.asarray(encoder.encode(params.unflatten(exact), pixels))
-    assert np.abs(found - expected).max() < 1e-3 * np.abs(expected).max()
+    assert np.abs(found - expected).max() < 1e-4 * np.abs(expected).max()
 
 
 def test_bf16_storage_changes_little(published_encoder):

@@ -58,7 +58,8 @@ def export_checkpoint(checkpoint: str, output: pathlib.Path) -> None:
     task, trainable = tasks.load_trained(checkpoint)
     trained = trainable, task.vision_parameters, task.encoder, task.blip2
     if isinstance(task, Stage2):
-        exported = export.stage2(*trained, task.parts["llm"], task.config.llm_activation)
+        instructions = task.caption_tokenizer_folder if task.config.instruct else None
+        exported = export.stage2(*trained, task.parts["llm"], task.config.llm_activation, instructions)
     else:
         exported = export.stage1(*trained, task.parts["bert"])
     export.write(exported, output)

@@ -46,6 +46,7 @@ class Exported:
       heads: what transformers has no place for, by LAVIS's names.
       tokenizer: of the text.
       tokenizer_folder: where its other files are.
+      instruction_folder: where the tokenizer of InstructBLIP's Q-Former is; else None.
       encoder: what the pictures are prepared for.
       queries: Q.
     """
@@ -56,6 +57,7 @@ class Exported:
     heads: dict[str, np.ndarray]
     tokenizer: Tokenizer
     tokenizer_folder: pathlib.Path
+    instruction_folder: pathlib.Path | None
     encoder: VisionEncoder
     queries: int
 
@@ -86,7 +88,7 @@ def _vision_config(config: ViTConfig) -> dict[str, Any]:
     }
 
 
-def _config(encoder: VisionEncoder, blip2: Blip2Config, reads_text: bool, text: dict[str, Any], **rest: Any) -> dict:
+def _config(encoder: VisionEncoder, blip2: Blip2Config, kind: str, text: dict[str, Any], **rest: Any) -> dict:
     q = blip2.qformer
     sizes = {
         "hidden_size": q.width,
@@ -98,16 +100,17 @@ def _config(encoder: VisionEncoder, blip2: Blip2Config, reads_text: bool, text: 
         "layer_norm_eps": q.norm_epsilon,
         "cross_attention_frequency": q.cross_attention_every,
         "encoder_hidden_size": encoder.width,
-        "use_qformer_text_input": reads_text,
     }
+    if kind == "blip-2":
+        sizes["use_qformer_text_input"] = "Retrieval" in rest["architectures"][0]
+        rest["image_text_hidden_size"] = blip2.embed_width
     return complete(
         {
-            "model_type": "blip-2",
+            "model_type": kind,
             "vision_config": _vision_config(encoder.module.config),
             "qformer_config": sizes,
             "text_config": text,
             "num_query_tokens": q.queries,
-            "image_text_hidden_size": blip2.embed_width,
             **rest,
         }
     )
@@ -120,9 +123,9 @@ def _vision_tensors(encoder: VisionEncoder, tree: params.Tree) -> tuple[Named, i
     return mapping.export(tree, mapped), len(mapping.names(mapped))
 
 
-def _trained_tensors(trainable: params.Tree, blip2: Blip2Config) -> tuple[Named, int, dict[str, np.ndarray]]:
+def _trained_tensors(trainable: params.Tree, blip2: Blip2Config, kind: str) -> tuple[Named, int, dict[str, np.ndarray]]:
     """Tensors of transformers' model, their number, and those of the heads that it lacks."""
-    table = params.relevant(qformer.table(qformer.TRANSFORMERS["blip-2"]), trainable)
+    table = params.relevant(qformer.table(qformer.TRANSFORMERS[kind]), trainable)
     mapped = mapping.resolve(trainable, table, functools.partial(qformer.layers_of, blip2.qformer))
     flat = params.flatten(trainable)
     heads = params.unflatten({path: leaf for path, leaf in flat.items() if re.fullmatch(HEADS, path)})
@@ -135,12 +138,12 @@ def stage1(trainable: params.Tree, vision_tree: params.Tree, encoder: VisionEnco
     """Blip2ForImageTextRetrieval: ITC and ITM; the temperature and ITG's head stand beside it."""
     _refuse_what_transformers_lacks(encoder, blip2, "stage1")
     tower, tower_count = _vision_tensors(encoder, vision_tree)
-    own, own_count, heads = _trained_tensors(trainable, blip2)
-    config = _config(encoder, blip2, True, {"model_type": "opt"}, architectures=["Blip2ForImageTextRetrieval"])
+    own, own_count, heads = _trained_tensors(trainable, blip2, "blip-2")
+    config = _config(encoder, blip2, "blip-2", {"model_type": "opt"}, architectures=["Blip2ForImageTextRetrieval"])
     tokenizer = load_tokenizer(bert.path)
     tensors = (pair for part in (tower, own) for pair in part)
     queries = blip2.qformer.queries
-    return Exported(config, tensors, tower_count + own_count, heads, tokenizer, bert.path, encoder, queries)
+    return Exported(config, tensors, tower_count + own_count, heads, tokenizer, bert.path, None, encoder, queries)
 
 
 def stage2(
@@ -150,8 +153,13 @@ def stage2(
     blip2: Blip2Config,
     llm: Frozen,
     llm_activation: str = "",
+    instruction_folder: pathlib.Path | None = None,
 ):
-    """Blip2ForConditionalGeneration, the language model as its own file has it, tensor by tensor."""
+    """Blip2ForConditionalGeneration, the language model as its own file has it, tensor by tensor.
+
+    InstructBlipForConditionalGeneration where the Q-Former reads instructions, whose tokenizer is in a folder.
+    """
+    kind = "instructblip" if instruction_folder else "blip-2"
     _refuse_what_transformers_lacks(encoder, blip2, "stage2")
     text = dict(language.own_config(llm.config()))
     if llm_activation:
@@ -163,19 +171,19 @@ def stage2(
     spoken, spoken_count = _language_tensors(llm, text, rows)
     text["vocab_size"] = rows
     tower, tower_count = _vision_tensors(encoder, vision_tree)
-    own, own_count, heads = _trained_tensors(trainable, blip2)
+    own, own_count, heads = _trained_tensors(trainable, blip2, kind)
     config = _config(
         encoder,
         blip2,
-        False,
+        kind,
         text,
         image_token_index=image_token,
-        architectures=["Blip2ForConditionalGeneration"],
+        architectures=[("InstructBlip" if instruction_folder else "Blip2") + "ForConditionalGeneration"],
         tie_word_embeddings=text.get("tie_word_embeddings", False),
     )
     tensors = (pair for part in (tower, own, spoken) for pair in part)
-    count = tower_count + own_count + spoken_count
-    return Exported(config, tensors, count, heads, tokenizer, llm.path, encoder, blip2.qformer.queries)
+    count, queries = tower_count + own_count + spoken_count, blip2.qformer.queries
+    return Exported(config, tensors, count, heads, tokenizer, llm.path, instruction_folder, encoder, queries)
 
 
 def _language_tensors(llm: Frozen, text: dict[str, Any], rows: int) -> tuple[Named, int]:
@@ -255,12 +263,11 @@ def _write_weights(exported: Exported, folder: pathlib.Path) -> None:
 
 
 def _write_processor(exported: Exported, folder: pathlib.Path) -> None:
-    for name in _TOKENIZER_FILES:
-        if (exported.tokenizer_folder / name).exists():
-            shutil.copy(exported.tokenizer_folder / name, folder / name)
-    exported.tokenizer.save(str(folder / "tokenizer.json"))
-    if not (folder / "tokenizer_config.json").exists():
-        _write_json(folder / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast"})
+    _write_tokenizer(exported.tokenizer, exported.tokenizer_folder, folder)
+    if exported.instruction_folder:
+        own = folder / qformer.INSTRUCTION_TOKENIZER
+        own.mkdir()
+        _write_tokenizer(load_tokenizer(exported.instruction_folder), exported.instruction_folder, own)
     size, encoder = exported.encoder.image_size, exported.encoder
     pictures = {
         "image_processor_type": "BlipImageProcessor",
@@ -275,5 +282,19 @@ def _write_processor(exported: Exported, folder: pathlib.Path) -> None:
         "do_convert_rgb": True,
     }
     _write_json(folder / "preprocessor_config.json", pictures)
-    kind = {"processor_class": "Blip2Processor", "num_query_tokens": exported.queries}
-    _write_json(folder / "processor_config.json", kind)
+    processor = "InstructBlipProcessor" if exported.instruction_folder else "Blip2Processor"
+    _write_json(folder / "processor_config.json", {"processor_class": processor, "num_query_tokens": exported.queries})
+
+
+def _write_tokenizer(tokenizer: Tokenizer, source: pathlib.Path, folder: pathlib.Path) -> None:
+    """tokenizer.json, and what else transformers wants to know: the files beside the original, or from its config."""
+    for name in _TOKENIZER_FILES:
+        if (source / name).exists():
+            shutil.copy(source / name, folder / name)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    if (folder / "tokenizer_config.json").exists():
+        return
+    known = json.loads((source / "config.json").read_text())
+    ids = {name: known.get(f"{name}_id") for name in ("bos_token", "eos_token", "pad_token")}
+    named = {name: tokenizer.id_to_token(number) for name, number in ids.items() if isinstance(number, int)}
+    _write_json(folder / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", **named})

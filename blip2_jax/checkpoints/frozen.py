@@ -66,7 +66,7 @@ class Frozen:
     @functools.cached_property
     def tensors(self) -> Directory | TorchFile:
         """Its weights, to be read one by one."""
-        return TorchFile(self.path) if self.kind == "lavis" and self.path.is_file() else Directory(self.path)
+        return TorchFile(self.path) if self.kind == "lavis" else Directory(self.path)
 
     @functools.cached_property
     def sha256(self) -> str:

@@ -51,6 +51,8 @@ BERT = Dialect("encoder.layer", "self", "", "embeddings", "embeddings.LayerNorm"
 
 # Beside the weights of an exported stage 1: what transformers' BLIP-2 has no place for.
 HEADS_FILE = "stage1_heads.safetensors"
+# In an InstructBLIP's directory: the folder of the tokenizer of what its Q-Former reads.
+INSTRUCTION_TOKENIZER = "qformer_tokenizer"
 
 LAVIS_PROJECTIONS = ("opt_proj", "t5_proj", "llm_proj")
 

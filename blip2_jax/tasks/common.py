@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import functools
+import pathlib
 import re
 from collections.abc import Callable, Sequence
 
@@ -17,6 +18,7 @@ from blip2_jax import params
 from blip2_jax.checkpoints import frozen, mapping
 from blip2_jax.checkpoints.bert import initialize_qformer, qformer_config
 from blip2_jax.checkpoints.downloads import cache_directory
+from blip2_jax.checkpoints.qformer import INSTRUCTION_TOKENIZER
 from blip2_jax.data.features import View, compute
 from blip2_jax.data.pipeline import Batch, Part, Pictures, Schema
 from blip2_jax.data.sources import Source, open_source, parse_mixture
@@ -107,6 +109,13 @@ class Task(abc.ABC):
     def vision_parameters(self) -> params.Tree:
         return frozen.load_vision(self.parts["vision"], self.encoder, self.dtype)
 
+    @property
+    def caption_tokenizer_folder(self) -> pathlib.Path:
+        """Where the BERT's tokenizer is; an InstructBLIP's has a folder of its own."""
+        folder = self.parts["bert"].path
+        own = folder / INSTRUCTION_TOKENIZER
+        return own if own.is_dir() else folder
+
     @functools.cached_property
     def caption_tokenizer(self) -> CaptionTokenizer:
         """That of the BERT.
@@ -114,7 +123,7 @@ class Task(abc.ABC):
         Raises:
           ValueError: it has more tokens than the Q-Former has rows.
         """
-        tokenizer, rows = CaptionTokenizer(self.parts["bert"].path), self.blip2.qformer.vocab_size
+        tokenizer, rows = CaptionTokenizer(self.caption_tokenizer_folder), self.blip2.qformer.vocab_size
         if tokenizer.decoder_start >= rows:
             raise ValueError(
                 f"{self.parts['bert'].path}: the tokenizer's [DEC] is token {tokenizer.decoder_start}, but the "

@@ -18,11 +18,12 @@ import sys
 
 import jax
 import ml_collections
+import numpy as np
 from absl import app, flags, logging
 from ml_collections import config_flags
 
 from blip2_jax import params, tasks
-from blip2_jax.checkpoints import export, store
+from blip2_jax.checkpoints import export, frozen, store
 from blip2_jax.parallel import mesh as meshes
 from blip2_jax.parallel import sharding
 from blip2_jax.tasks.stage2 import Stage2
@@ -56,7 +57,9 @@ def export_checkpoint(checkpoint: str, output: pathlib.Path) -> None:
       FileExistsError, FileNotFoundError, ValueError: the output is there, or transformers has no such model.
     """
     task, trainable = tasks.load_trained(checkpoint)
-    trained = trainable, task.vision_parameters, task.encoder, task.blip2
+    # In float32 whatever the accelerator: its bfloat16 would lose what LAVIS's float16 has.
+    tower = frozen.load_vision(task.parts["vision"], task.encoder, np.float32, lambda path, array: array)
+    trained = trainable, tower, task.encoder, task.blip2
     if isinstance(task, Stage2):
         instructions = task.caption_tokenizer_folder if task.config.instruct else None
         exported = export.stage2(*trained, task.parts["llm"], task.config.llm_activation, instructions)

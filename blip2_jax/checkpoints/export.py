@@ -72,7 +72,7 @@ def _refuse_what_transformers_lacks(encoder: VisionEncoder, blip2: Blip2Config, 
     }
     found = [what for what, there in lacking.items() if there]
     if found:
-        raise ValueError(f"transformers' BLIP-2 has no {', no '.join(found)}: this model cannot be exported to it")
+        raise ValueError(f"transformers' BLIP-2 has no place for {' and '.join(found)}: this model cannot be exported")
 
 
 def _vision_config(config: ViTConfig) -> dict[str, Any]:

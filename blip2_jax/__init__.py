@@ -1,0 +1,6 @@
+"""BLIP-2 in JAX/Flax: pre-training, evaluation and generation."""
+
+import os
+
+# transformers, read here for sizes and tokenizers alone, would say at each start that there is no PyTorch.
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")

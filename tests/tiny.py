@@ -141,6 +141,7 @@ def vit(directory: pathlib.Path) -> pathlib.Path:
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
         "intermediate_size": mlp,
+        "hidden_act": "gelu",
         "layer_norm_eps": 1e-5,
     }
     normal = lambda *shape: 0.2 * rng.normal(size=shape)

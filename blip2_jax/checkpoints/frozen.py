@@ -28,7 +28,7 @@ import jax.numpy as jnp
 
 from blip2_jax.checkpoints import downloads, hub, language, mapping, published
 from blip2_jax.checkpoints import vision as towers
-from blip2_jax.checkpoints.huggingface import Directory, part_of
+from blip2_jax.checkpoints.huggingface import Directory, complete, part_of
 from blip2_jax.checkpoints.torch_file import TorchFile
 from blip2_jax.models import vision
 from blip2_jax.models.vision.vit import ViT
@@ -87,7 +87,8 @@ class Frozen:
         name = self.source.partition(":")[2]
         if name in published.CONFIGS and not pathlib.Path(name).exists() and self.part not in _overrides():
             return published.config(name)
-        return Directory(self.path).config()
+        config = Directory(self.path).config()
+        return complete(config) if self.kind == "hf" else config
 
 
 def frozen_dtype() -> jnp.dtype:

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
-from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer
 
 from blip2_jax.checkpoints.mapping import Tensors
 from blip2_jax.checkpoints.torch_file import TorchFile
@@ -70,7 +69,7 @@ class Directory:
         raise FileNotFoundError(f"{self.path}: no *.safetensors file and no pytorch_model*.bin")
 
     def config(self) -> dict[str, Any]:
-        """config.json, with what it leaves out where transformers knows the model_type.
+        """config.json as it is; `complete` adds what it leaves out.
 
         Raises:
           FileNotFoundError: there is none. ValueError: it is not JSON, or not of a model.
@@ -79,7 +78,7 @@ class Directory:
         if not file.exists():
             raise FileNotFoundError(f"{file} is missing: it holds the sizes of the model")
         try:
-            return complete(json.loads(file.read_text()))
+            return json.loads(file.read_text())
         except json.JSONDecodeError as error:
             raise ValueError(f"{file} is not JSON: {error}") from error
 
@@ -96,6 +95,9 @@ class Directory:
 
 def complete(config: dict[str, Any]) -> dict[str, Any]:
     """A config.json with the defaults of its model_type: those of the hub hold little more than what differs."""
+    # Here and not above: it takes seconds, and imports torch where that is installed.
+    from transformers import CONFIG_MAPPING, AutoConfig
+
     if config.get("model_type") not in CONFIG_MAPPING:
         return config
     return AutoConfig.for_model(**config).to_dict()
@@ -109,16 +111,22 @@ def load_tokenizer(directory: pathlib.Path) -> Tokenizer:
     """
     file = directory / "tokenizer.json"
     try:
-        own = Tokenizer.from_file(str(file)) if file.exists() else AutoTokenizer.from_pretrained(directory)
+        own = Tokenizer.from_file(str(file)) if file.exists() else _older_tokenizer(directory)
     except (OSError, ValueError, ImportError) as error:
         raise FileNotFoundError(
             f"{file} is missing, and transformers finds no tokenizer in other files there "
             f"({str(error).strip().splitlines()[0]}); expected one beside the weights"
         ) from error
-    tokenizer = own if isinstance(own, Tokenizer) else own.backend_tokenizer
-    tokenizer.no_padding()
-    tokenizer.no_truncation()
-    return tokenizer
+    own.no_padding()
+    own.no_truncation()
+    return own
+
+
+def _older_tokenizer(directory: pathlib.Path) -> Tokenizer:
+    """What transformers makes of vocab.json and merges.txt, or of a SentencePiece model."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(directory).backend_tokenizer
 
 
 class Part:

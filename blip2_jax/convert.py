@@ -42,7 +42,7 @@ def import_checkpoint(config: ml_collections.ConfigDict, output: pathlib.Path) -
     """
     if output.exists():
         raise FileExistsError(f"{output} is there already: name a folder that is not")
-    if not config.init:
+    if config.init in ("", "scratch"):
         raise ValueError("nothing to import: name it with --config.init=lavis:FILE or --config.init=hf:DIR")
     task = tasks.create(config)
     trainable = tasks.starting_point(task)(jax.random.key(config.seed))
@@ -62,7 +62,14 @@ def export_checkpoint(checkpoint: str, output: pathlib.Path) -> None:
     trained = trainable, tower, task.encoder, task.blip2
     if isinstance(task, Stage2):
         instructions = task.caption_tokenizer_folder if task.config.instruct else None
-        exported = export.stage2(*trained, task.parts["llm"], task.config.llm_activation, instructions)
+        activation = task.config.llm_activation
+        exported = export.stage2(*trained, task.parts["llm"], task.tokenizer.end, activation, instructions)
+        if task.tokenizer.begin:
+            print(
+                f"transformers puts nothing before the soft prompt, and this model data.begin = "
+                f"{task.config.data.begin!r}: its texts will be worse there",
+                file=sys.stderr,
+            )
     else:
         exported = export.stage1(*trained, task.parts["bert"])
     export.write(exported, output)

@@ -53,6 +53,7 @@ def nano() -> ConfigDict:
     # Stands before the soft prompt. Language models park attention on the first token, which must be one they know:
     # without it the first query takes that place, and training is slow and unstable. "": nothing.
     config.data.begin = "<|endoftext|>"
+    config.data.bos = ""  # Stands between the soft prompt and the text: "</s>" in the paper's OPT models; "": nothing.
     config.data.prompt = "A drawing of"
     # What ends a text: as in the paper's OPT models; "" is the model's own token, which it hardly expects here.
     config.data.end = "\n"
@@ -130,6 +131,7 @@ def opt_2_7b() -> ConfigDict:
     config.data.feature_views = 0
     config.data.flip = True
     config.data.begin = ""
+    config.data.bos = "</s>"
     config.data.prompt = ""
     config.data.max_text_tokens = 32
     config.data.threads = 16
@@ -159,6 +161,8 @@ def instruct_vicuna_7b() -> ConfigDict:
     """InstructBLIP with Vicuna-7B: to import, look at and export; how it was trained is not published."""
     config = opt_2_7b()
     config.llm = "hf:lmsys/vicuna-7b-v1.1"
+    config.data.bos = ""
+    config.data.end = ""
     config.instruct = True
     return config
 
@@ -178,6 +182,7 @@ def flan_t5_xl() -> ConfigDict:
     config.batch_size = 1536
     config.mesh = "data=-1,fsdp=8,tensor=1"
     config.llm = "hf:google/flan-t5-xl"
+    config.data.bos = ""
     config.data.end = ""
     return config
 

@@ -13,7 +13,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from blip2_jax import convert, params, tasks, trainer
-from blip2_jax.checkpoints import mapping, qformer, store
+from blip2_jax.checkpoints import mapping, qformer, store, trained
 from blip2_jax.models.layers import causal_mask
 from tests import tiny
 
@@ -80,6 +80,8 @@ def test_the_language_model_is_copied_and_grows_by_the_image_token(checkpoint, e
     config = json.loads((exported / "config.json").read_text())
     rows = len(own["model.embed_tokens.weight"])
     assert (config["image_token_index"], config["text_config"]["vocab_size"]) == (rows, rows + 1)
+    tokenizer = tasks.create(checkpoint[0]).tokenizer
+    assert config["text_config"]["eos_token_id"] == tokenizer.end == tokenizer.encode("\n")[0]
     for name, array in own.items():
         found = theirs[f"language_model.{name}"]
         np.testing.assert_array_equal(found[: len(array)], array, err_msg=name)
@@ -146,8 +148,9 @@ def test_what_cannot_be_imported(checkpoint, exported, folder, tmp_path):
         convert.import_checkpoint(changed(config, init=f"hf:{folder / 'llama'}"), tmp_path / "out")
     with pytest.raises(FileNotFoundError, match="is not a directory"):
         convert.import_checkpoint(changed(config, init=f"hf:{tmp_path / 'none'}"), tmp_path / "out")
-    with pytest.raises(ValueError, match="nothing to import"):
-        convert.import_checkpoint(changed(config, init=""), tmp_path / "out")
+    for nothing in ("", "scratch"):
+        with pytest.raises(ValueError, match="nothing to import"):
+            convert.import_checkpoint(changed(config, init=nothing), tmp_path / "out")
     (tmp_path / "there").mkdir()
     with pytest.raises(FileExistsError, match="is there already"):
         convert.import_checkpoint(changed(config, init=f"hf:{exported}"), tmp_path / "there")
@@ -204,6 +207,37 @@ def test_trainable_parameters_of_the_paper(stage, variant):
     assert params.count(tasks.create(config).shapes()) == COUNTS[stage, variant]
 
 
+FITS = {"language": "t5", "exact_gelu": True, "instruct": False, "has_tower": False}
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours", "message"),
+    [
+        ({}, {"language": "opt"}, "was trained with a language model 't5', config.llm is 'opt'"),
+        ({}, {"exact_gelu": False}, "add --config.llm_activation=gelu"),
+        ({"instruct": True}, {}, "reads instructions: add --config.instruct=True"),
+        ({"has_tower": True}, {}, "holds a fine-tuned image encoder.* add --config.vision=lavis:x.pth"),
+        ({"has_tower": True}, {"vision": "lavis:x.pth"}, None),
+        ({"language": ""}, {}, None),
+        ({}, {"language": ""}, None),
+        ({"language": "llama"}, {"language": "qwen2"}, None),
+    ],
+)
+def test_a_checkpoint_of_another_model_is_refused(theirs, ours, message):
+    opened = trained.Source(None, None, **(FITS | theirs))
+    asked = {"language": "t5", "exact_gelu": True, "instruct": False, "vision": "lavis:eva_vit_g.pth"} | ours
+    if message is None:
+        trained.check_fit("lavis:x.pth", opened, **asked)
+        return
+    with pytest.raises(ValueError, match=message):
+        trained.check_fit("lavis:x.pth", opened, **asked)
+
+
+def test_an_activation_is_for_t5_alone(folder, own_cache):
+    with pytest.raises(ValueError, match="llm_activation = 'gelu' with a language model 'llama': expected ''"):
+        tasks.create(recipe("stage2", folder, llm_activation="gelu"))
+
+
 # With torch.
 
 
@@ -224,7 +258,7 @@ def lavis_file(file, config, tree, projection):
 @pytest.mark.torch
 def test_a_file_of_lavis(checkpoint, tmp_path, capfd):
     config, tree, _ = checkpoint
-    lavis_file(tmp_path / "blip2.pth", config, tree, "opt_proj" if config.task == "stage2" else "")
+    lavis_file(tmp_path / "blip2.pth", config, tree, "llm_proj" if config.task == "stage2" else "")
     convert.import_checkpoint(changed(config, init=f"lavis:{tmp_path / 'blip2.pth'}"), tmp_path / "back")
     chex.assert_trees_all_equal(store.load_trainable(tmp_path / "back"), tree)
     said = capfd.readouterr().err
@@ -269,12 +303,14 @@ def test_transformers_gives_the_same_outputs(checkpoint, exported, rng):
     pixels = processor.image_processor(images=list(pictures), return_tensors="pt")["pixel_values"]
     if config.task == "stage1":
         model = transformers.Blip2ForImageTextRetrieval.from_pretrained(exported).eval()
-        ids, mask = task.caption_tokenizer(["a red square", "blue circle of a"], 6)
+        texts = ["a red square", "blue circle of a"]
+        ids, mask = task.caption_tokenizer(texts, 6)
+        encoded = processor(images=list(pictures), text=texts, padding=True, return_tensors="pt")
+        np.testing.assert_array_equal(np.asarray(encoded["input_ids"]), ids)
         bound = task.model.bind({"params": tree})
         match = bound.match(bound.project_image(embeds), ids, mask)
-        text = {"input_ids": torch.tensor(ids).long(), "attention_mask": torch.tensor(mask).long()}
         with torch.no_grad():
-            theirs = model(pixel_values=pixels, use_image_text_matching_head=True, **text).logits_per_image
+            theirs = model(use_image_text_matching_head=True, **encoded).logits_per_image
         np.testing.assert_allclose(np.asarray(match), theirs.numpy(), atol=1e-4)
         return
     if config.instruct:

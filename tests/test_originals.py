@@ -41,7 +41,7 @@ def test_text_is_encoded_as_by_the_original_bert():
         original = transformers.BertModel.from_pretrained(path)
         expected = original(**{k: torch.tensor(v) for k, v in tokens.items()}).last_hidden_state.numpy()
 
-    config = qformer_config(part.config())
+    config = qformer_config(part.config)
     module = QFormer(config)
     fresh = module.init(jax.random.key(0), ids, mask, method="encode_text")["params"]
     weights = initialize_qformer(fresh, part.tensors, config, keep_token_type=True)

@@ -10,11 +10,10 @@ import re
 from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
 
 from blip2_jax import params
 from blip2_jax.checkpoints import mapping, qformer
-from blip2_jax.checkpoints.huggingface import Directory
+from blip2_jax.checkpoints.huggingface import Directory, Renamed
 from blip2_jax.models.qformer import QFormerConfig
 
 # Grown by the row of [DEC], which keeps its fresh value.
@@ -26,19 +25,18 @@ _KINDS = ("bert", "blip_2_qformer", "instructblip_qformer")
 _FRESH = r"qformer/(query_tokens|image_projection/.*|.*/cross_attention/.*)"
 
 
-class _Unprefixed:
-    """The tensors of a BERT saved alone ("embeddings...") or inside a task model ("bert.embeddings...")."""
+def _tensors(directory: Directory) -> Renamed:
+    """Those of a BERT saved alone ("embeddings...") or inside a task model ("bert.embeddings...").
 
-    def __init__(self, directory: Directory):
-        self.where = directory.where
-        self._directory = directory
-        self._names = {name.removeprefix("bert."): name for name in directory.names()}
+    The oldest files, Google's own among them, call the scale of a norm gamma and its bias beta.
+    """
+    old = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
 
-    def names(self) -> list[str]:
-        return list(self._names)
+    def rename(name: str) -> str:
+        name = name.removeprefix("bert.")
+        return next((name.replace(a, b) for a, b in old.items() if name.endswith(a)), name)
 
-    def read(self, name: str) -> np.ndarray:
-        return self._directory.read(self._names[name])
+    return Renamed(directory, rename)
 
 
 def qformer_config(config: dict[str, Any], **changes: Any) -> QFormerConfig:
@@ -90,7 +88,7 @@ def initialize_qformer(
     Returns:
       A tree like `fresh`.
     """
-    tensors = _Unprefixed(directory)
+    tensors = _tensors(directory)
     has_head = has_language_head(directory)
     taken, result = {}, {}
     for path, leaf in params.flatten({"qformer": fresh}).items():

@@ -141,6 +141,7 @@ def stage1(trainable: params.Tree, vision_tree: params.Tree, encoder: VisionEnco
     own, own_count, heads = _trained_tensors(trainable, blip2, "blip-2")
     config = _config(encoder, blip2, "blip-2", {"model_type": "opt"}, architectures=["Blip2ForImageTextRetrieval"])
     tokenizer = load_tokenizer(bert.path)
+    tokenizer.add_special_tokens([AddedToken("[DEC]", special=True)])  # The row that the Q-Former has for it.
     tensors = (pair for part in (tower, own) for pair in part)
     queries = blip2.qformer.queries
     return Exported(config, tensors, tower_count + own_count, heads, tokenizer, bert.path, None, encoder, queries)
@@ -152,21 +153,25 @@ def stage2(
     encoder: VisionEncoder,
     blip2: Blip2Config,
     llm: Frozen,
+    end_token: int,
     llm_activation: str = "",
     instruction_folder: pathlib.Path | None = None,
 ):
     """Blip2ForConditionalGeneration, the language model as its own file has it, tensor by tensor.
 
-    InstructBlipForConditionalGeneration where the Q-Former reads instructions, whose tokenizer is in a folder.
+    InstructBlipForConditionalGeneration where the Q-Former reads instructions, whose tokenizer is in a folder. A text
+    ends with `end_token`.
     """
     kind = "instructblip" if instruction_folder else "blip-2"
     _refuse_what_transformers_lacks(encoder, blip2, "stage2")
-    text = dict(language.own_config(llm.config()))
+    text = dict(language.own_config(llm.config))
+    tied = text.get("tie_word_embeddings", False) and text["model_type"] != "t5"
     if llm_activation:
         text["dense_act_fn"] = {"gelu_tanh": "gelu_new"}.get(llm_activation, llm_activation)
     tokenizer = load_tokenizer(llm.path)
     tokenizer.add_special_tokens([AddedToken(IMAGE_TOKEN, normalized=False, special=True)])
     image_token = tokenizer.token_to_id(IMAGE_TOKEN)
+    text["eos_token_id"] = end_token
     rows = max(text["vocab_size"], image_token + 1)
     spoken, spoken_count = _language_tensors(llm, text, rows)
     text["vocab_size"] = rows
@@ -179,8 +184,10 @@ def stage2(
         text,
         image_token_index=image_token,
         architectures=[("InstructBlip" if instruction_folder else "Blip2") + "ForConditionalGeneration"],
-        tie_word_embeddings=text.get("tie_word_embeddings", False),
+        tie_word_embeddings=tied,
     )
+    # transformers says True of any T5, and means it in older versions.
+    config["text_config"]["tie_word_embeddings"] = tied
     tensors = (pair for part in (tower, own, spoken) for pair in part)
     count, queries = tower_count + own_count + spoken_count, blip2.qformer.queries
     return Exported(config, tensors, count, heads, tokenizer, llm.path, instruction_folder, encoder, queries)
@@ -283,7 +290,10 @@ def _write_processor(exported: Exported, folder: pathlib.Path) -> None:
     }
     _write_json(folder / "preprocessor_config.json", pictures)
     processor = "InstructBlipProcessor" if exported.instruction_folder else "Blip2Processor"
-    _write_json(folder / "processor_config.json", {"processor_class": processor, "num_query_tokens": exported.queries})
+    kind = {"processor_class": processor}
+    if exported.config.get("image_token_index") is not None:
+        kind["num_query_tokens"] = exported.queries  # So many image tokens the processor puts before a text.
+    _write_json(folder / "processor_config.json", kind)
 
 
 def _write_tokenizer(tokenizer: Tokenizer, source: pathlib.Path, folder: pathlib.Path) -> None:

@@ -28,7 +28,7 @@ import jax.numpy as jnp
 
 from blip2_jax.checkpoints import downloads, hub, language, mapping, published
 from blip2_jax.checkpoints import vision as towers
-from blip2_jax.checkpoints.huggingface import Directory, complete, part_of
+from blip2_jax.checkpoints.huggingface import Directory, complete, part_of, read_config
 from blip2_jax.checkpoints.torch_file import TorchFile
 from blip2_jax.models import vision
 from blip2_jax.models.vision.vit import ViT
@@ -82,13 +82,22 @@ class Frozen:
         """What a checkpoint remembers of this part."""
         return {"source": self.source, "sha256": self.sha256, "dtype": str(jnp.dtype(dtype))}
 
+    @functools.cached_property
     def config(self) -> dict[str, Any]:
-        """Its config.json; that of a published model is known without having it."""
-        name = self.source.partition(":")[2]
-        if name in published.CONFIGS and not pathlib.Path(name).exists() and self.part not in _overrides():
-            return published.config(name)
-        config = Directory(self.path).config()
-        return complete(config) if self.kind == "hf" else config
+        """Its config.json, complete; of a published model that is not here, what is known of it."""
+        named = _overrides().get(self.part) or self.source.partition(":")[2]
+        if self.kind != "hf":
+            return read_config(self.path / "config.json")
+        file = hub.config_file(named, cached=True)
+        if file is None and named in published.CONFIGS:
+            return published.config(named)
+        file = file or hub.config_file(named, cached=False)
+        return complete(read_config(file), str(file))
+
+    @property
+    def model_type(self) -> str:
+        """Of the language model."""
+        return language.own_config(self.config).get("model_type", "")
 
 
 def frozen_dtype() -> jnp.dtype:
@@ -111,8 +120,7 @@ def _locate(part: str, source: str) -> pathlib.Path:
         return ASSETS / "efficientnet_lite0"
     if kind == "nano":
         return downloads.fetch({"bert": downloads.MINILM, "llm": downloads.SMOLLM2}[part])
-    path = pathlib.Path(rest).expanduser()
-    return hub.fetch(rest) if kind == "hf" and not path.exists() and hub.is_name(rest) else path
+    return hub.directory(rest) if kind == "hf" else pathlib.Path(rest).expanduser()
 
 
 def find(part: str, source: str) -> Frozen:
@@ -151,7 +159,7 @@ def _tower(part: Frozen) -> towers.Tower | None:
     if part.kind == "lavis":
         known = published.TOWERS.get(pathlib.Path(part.source.partition(":")[2]).name)
         return known if known and not part.path.exists() else towers.lavis_tower(part.tensors)
-    config = part.config()
+    config = part.config
     return None if vision.is_ours(config) else towers.huggingface_tower(config)
 
 
@@ -163,7 +171,9 @@ def vision_encoder(part: Frozen, image_size: int, dtype: Any) -> vision.VisionEn
     """
     tower = _tower(part)
     if tower is None:
-        return vision.build(part.config(), image_size, dtype)
+        return vision.build(part.config, image_size, dtype)
+    if image_size != tower.config.image_size and image_size % tower.config.patch:
+        raise ValueError(f"image_size {image_size} is not a multiple of the ViT's patches of {tower.config.patch}")
     config = dataclasses.replace(tower.config, image_size=image_size, dtype=dtype)
     return vision.VisionEncoder(ViT(config), config.width, image_size, tower.image_mean, tower.image_std)
 
@@ -188,14 +198,14 @@ def load_vision(part: Frozen, encoder: vision.VisionEncoder, dtype: Any, put: ma
 
 def language_model(part: Frozen, dtype: Any, **changes: Any) -> nn.Module:
     """The language model without its weights; `changes` replace single fields of its configuration."""
-    config = language.own_config(part.config())
+    config = language.own_config(part.config)
     family = language.family(config)
     return family.module(family.config(config, dtype=dtype, **changes))
 
 
 def load_language_model(part: Frozen, model: nn.Module, dtype: Any, put: mapping.Put = mapping.to_device) -> dict:
     """The parameters of a language model that `language_model` made."""
-    family = language.family(language.own_config(part.config()))
+    family = language.family(language.own_config(part.config))
     tensors = part_of(part.tensors, family.anchor, ("", "language_model."))
     template = language.shapes(model, dtype)
     mapped = mapping.resolve(template, family.table(model.config), functools.partial(family.layers, model.config))

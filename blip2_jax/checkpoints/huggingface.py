@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -33,7 +33,7 @@ class Directory:
 
         Raises:
           FileNotFoundError: no directory, no weights, or a shard is missing.
-          ValueError: a file is damaged, or does not hold what the index says.
+          ValueError: a file is damaged.
         """
         self.path = pathlib.Path(path)
         self.where = str(self.path)
@@ -55,7 +55,7 @@ class Directory:
         for pattern in ("*.safetensors", "pytorch_model*.bin"):
             indices = sorted(self.path.glob(f"{pattern}.index.json"))
             if indices:
-                named = sorted(set(json.loads(indices[0].read_text())["weight_map"].values()))
+                named = sorted(set(_read_index(indices[0]).values()))
                 missing = [name for name in named if not (self.path / name).exists()]
                 if missing:
                     raise FileNotFoundError(
@@ -69,18 +69,8 @@ class Directory:
         raise FileNotFoundError(f"{self.path}: no *.safetensors file and no pytorch_model*.bin")
 
     def config(self) -> dict[str, Any]:
-        """config.json as it is; `complete` adds what it leaves out.
-
-        Raises:
-          FileNotFoundError: there is none. ValueError: it is not JSON, or not of a model.
-        """
-        file = self.path / "config.json"
-        if not file.exists():
-            raise FileNotFoundError(f"{file} is missing: it holds the sizes of the model")
-        try:
-            return json.loads(file.read_text())
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{file} is not JSON: {error}") from error
+        """config.json as it is."""
+        return read_config(self.path / "config.json")
 
     def names(self) -> list[str]:
         return self._pickled.names() if self._pickled else list(self._tensors)
@@ -93,49 +83,95 @@ class Directory:
             return handle.get_tensor(name)
 
 
-def complete(config: dict[str, Any]) -> dict[str, Any]:
-    """A config.json with the defaults of its model_type: those of the hub hold little more than what differs."""
+def _read_index(file: pathlib.Path) -> dict[str, str]:
+    """Which file each tensor is in."""
+    try:
+        return json.loads(file.read_text())["weight_map"]
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{file} is truncated or no index of weight files ({error}): fetch it again") from error
+
+
+def read_config(file: pathlib.Path) -> dict[str, Any]:
+    """A config.json as it is; `complete` adds what it leaves out.
+
+    Raises:
+      FileNotFoundError: there is none. ValueError: it is not JSON.
+    """
+    if not file.parent.is_dir():
+        raise FileNotFoundError(f"{file.parent} is not a directory; expected one with config.json and *.safetensors")
+    if not file.exists():
+        raise FileNotFoundError(f"{file} is missing: it holds the sizes of the model")
+    try:
+        return json.loads(file.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{file} is truncated or not JSON: {error}") from error
+
+
+def complete(config: dict[str, Any], where: str = "config.json") -> dict[str, Any]:
+    """A config.json with the defaults of its model_type: those of the hub hold little more than what differs.
+
+    Raises:
+      ValueError: transformers knows the model_type and refuses what the config says.
+    """
     # Here and not above: it takes seconds, and imports torch where that is installed.
     from transformers import CONFIG_MAPPING, AutoConfig
 
     if config.get("model_type") not in CONFIG_MAPPING:
         return config
-    return AutoConfig.for_model(**config).to_dict()
+    try:
+        return AutoConfig.for_model(**config).to_dict()
+    except Exception as error:  # Of many kinds: each version checks in its own way.
+        said = str(error).strip().splitlines()[0]
+        raise ValueError(f"{where} is no {config['model_type']} that transformers knows: {said}") from error
 
 
 def load_tokenizer(directory: pathlib.Path) -> Tokenizer:
     """The tokenizer of a directory: tokenizer.json, or what transformers makes of older files.
 
     Raises:
-      FileNotFoundError: there is none.
+      FileNotFoundError: there is none. ValueError: it is damaged.
     """
     file = directory / "tokenizer.json"
-    try:
-        own = Tokenizer.from_file(str(file)) if file.exists() else _older_tokenizer(directory)
-    except (OSError, ValueError, ImportError) as error:
-        raise FileNotFoundError(
-            f"{file} is missing, and transformers finds no tokenizer in other files there "
-            f"({str(error).strip().splitlines()[0]}); expected one beside the weights"
-        ) from error
-    own.no_padding()
-    own.no_truncation()
-    return own
+    if file.exists():
+        try:
+            tokenizer = Tokenizer.from_file(str(file))
+        except Exception as error:  # What tokenizers raises has no name of its own.
+            raise ValueError(f"{file} is truncated or no tokenizer: {error}") from error
+    else:
+        tokenizer = _older_tokenizer(directory)
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return tokenizer
 
 
 def _older_tokenizer(directory: pathlib.Path) -> Tokenizer:
     """What transformers makes of vocab.json and merges.txt, or of a SentencePiece model."""
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(directory).backend_tokenizer
+    try:
+        return AutoTokenizer.from_pretrained(directory).backend_tokenizer
+    except Exception as error:  # Of many kinds, also that a package is missing.
+        mend = "expected one beside the weights"
+        if list(directory.glob("*.model")):
+            mend = "for a *.model file run pip install 'blip2_jax[sentencepiece]'"
+        said = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise FileNotFoundError(
+            f"{directory / 'tokenizer.json'} is missing, and transformers makes no tokenizer of other files there "
+            f"({said}); {mend}"
+        ) from error
 
 
-class Part:
-    """A model inside a larger one: the tensors whose names begin with a prefix, by names that begin otherwise."""
+class Renamed:
+    """Tensors by other names; those that have none are hidden.
 
-    def __init__(self, whole: Tensors, prefix: str, becomes: str = ""):
-        self.where = f"{whole.where} ({prefix}*)" if prefix else whole.where
+    Attributes:
+      where: for messages.
+    """
+
+    def __init__(self, whole: Tensors, rename: Callable[[str], str | None], where: str = ""):
+        self.where = where or whole.where
         self._whole = whole
-        self._names = {becomes + name.removeprefix(prefix): name for name in whole.names() if name.startswith(prefix)}
+        self._names = {new: name for name in whole.names() if (new := rename(name)) is not None}
 
     def names(self) -> list[str]:
         return list(self._names)
@@ -144,7 +180,13 @@ class Part:
         return self._whole.read(self._names[name])
 
 
-def part_of(whole: Tensors, anchor: str, prefixes: Sequence[str]) -> Part:
+def without_prefix(whole: Tensors, prefix: str) -> Renamed:
+    """The tensors whose names begin with a prefix, without it: a model inside a larger one."""
+    rename = lambda name: name.removeprefix(prefix) if name.startswith(prefix) else None
+    return Renamed(whole, rename, f"{whole.where} ({prefix}*)" if prefix else "")
+
+
+def part_of(whole: Tensors, anchor: str, prefixes: Sequence[str]) -> Renamed:
     """The part that begins with the first of `prefixes` behind which there is a tensor `anchor`.
 
     Files of a bare model ("decoder.x" where others have "model.decoder.x") lack the beginning of every name.
@@ -155,9 +197,9 @@ def part_of(whole: Tensors, anchor: str, prefixes: Sequence[str]) -> Part:
     known = set(whole.names())
     for prefix in prefixes:
         if prefix + anchor in known:
-            return Part(whole, prefix)
+            return without_prefix(whole, prefix)
     beginning, _, rest = anchor.partition(".")
     if rest in known:
-        return Part(whole, "", becomes=f"{beginning}.")
+        return Renamed(whole, lambda name: f"{beginning}.{name}")
     tried = ", ".join(repr(prefix + anchor) for prefix in prefixes)
     raise ValueError(f"{whole.where}: not the model that was asked for, it has none of the tensors {tried}")

@@ -67,7 +67,7 @@ def rope(config: dict[str, Any]) -> Rope:
     if kind == "llama3":
         return Rope(theta, kind, factor, original, known["low_freq_factor"], known["high_freq_factor"])
     if kind == "yarn":
-        _expect(known, mscale=None, mscale_all_dim=None, truncate=True)
+        _expect({"model_type": "yarn scaling", **known}, mscale=None, mscale_all_dim=None, truncate=True)
         attention = known.get("attention_factor") or (0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0)
         slow, fast = known.get("beta_slow") or 1.0, known.get("beta_fast") or 32.0
         return Rope(theta, kind, factor, original, slow, fast, attention)
@@ -195,11 +195,11 @@ _OPT = Family(
 
 def t5_config(config: dict[str, Any], **changes: Any) -> T5Config:
     """Sizes of a T5 v1.1 or Flan-T5; `changes` replace single fields, such as activation="gelu" for LAVIS's weights."""
-    projection = config.get("feed_forward_proj", "relu")
+    _expect({"feed_forward_proj": "relu", **config}, feed_forward_proj="gated-gelu", scale_decoder_outputs=False)
     # Of itself "gated-gelu" means the tanh approximation.
     activation = config.get("dense_act_fn", "gelu_new")
-    if projection != "gated-gelu" or activation not in ("gelu", "gelu_new"):
-        raise ValueError(f"t5 with feed_forward_proj = {projection!r} is not supported, only v1.1's gated GELU")
+    if activation not in ("gelu", "gelu_new"):
+        raise ValueError(f"t5 with dense_act_fn = {activation!r} is not supported, only 'gelu' and 'gelu_new'")
     fields = {
         "vocab_size": config["vocab_size"],
         "width": config["d_model"],

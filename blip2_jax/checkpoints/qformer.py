@@ -54,7 +54,8 @@ HEADS_FILE = "stage1_heads.safetensors"
 # In an InstructBLIP's directory: the folder of the tokenizer of what its Q-Former reads.
 INSTRUCTION_TOKENIZER = "qformer_tokenizer"
 
-LAVIS_PROJECTIONS = ("opt_proj", "t5_proj", "llm_proj")
+# LAVIS's names of the language projection, and the model_type of what is behind it.
+LAVIS_PROJECTIONS = {"opt_proj": "opt", "t5_proj": "t5", "llm_proj": "llama"}
 
 
 def lavis(language_projection: str = "") -> Dialect:

@@ -42,19 +42,22 @@ class TorchFile:
         self._open()
 
     def _open(self) -> None:
-        self._mapped_bytes = 0
+        self._read_bytes = 0
         self._tensors: dict[str, Any] = {}
+        self._mapped = True
         for file in self.files:
-            self._tensors |= _open(file)
+            tensors, mapped = _open(file)
+            self._tensors |= tensors
+            self._mapped &= mapped
 
     def names(self) -> list[str]:
         return list(self._tensors)
 
     def read(self, name: str) -> np.ndarray:
-        if self._mapped_bytes > _REOPEN_BYTES:
+        if self._mapped and self._read_bytes > _REOPEN_BYTES:
             self._open()
         tensor = self._tensors[name].detach()
-        self._mapped_bytes += tensor.nbytes
+        self._read_bytes += tensor.nbytes
         if str(tensor.dtype) == "torch.bfloat16":  # numpy knows it by another name only.
             return tensor.view(_torch().int16).numpy().view(ml_dtypes.bfloat16)
         return tensor.numpy()
@@ -68,10 +71,11 @@ def _torch():
     return torch
 
 
-def _open(file: pathlib.Path) -> Mapping[str, Any]:
+def _open(file: pathlib.Path) -> tuple[Mapping[str, Any], bool]:
+    """The tensors of a file, and whether they are mapped."""
     if not file.exists():
         raise FileNotFoundError(f"{file} does not exist")
-    torch = _torch()
+    torch, mapped = _torch(), True
     load = lambda **options: torch.load(file, map_location="cpu", weights_only=True, **options)
     try:
         try:
@@ -79,7 +83,7 @@ def _open(file: pathlib.Path) -> Mapping[str, Any]:
         except RuntimeError as error:
             if "mmap can only be used" not in str(error):
                 raise
-            content = load()  # A file of torch 1.5 or older cannot be mapped.
+            content, mapped = load(), False  # A file of torch 1.5 or older cannot be mapped.
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"{file} holds more than tensors, or is no PyTorch file, and is not opened: unpickling it could run code "
@@ -90,7 +94,8 @@ def _open(file: pathlib.Path) -> Mapping[str, Any]:
     for name in _NESTED:
         if isinstance(content, Mapping) and isinstance(content.get(name), Mapping):
             content = content[name]
-    tensors = {name: value for name, value in content.items() if isinstance(value, torch.Tensor)}
+    found = content.items() if isinstance(content, Mapping) else ()
+    tensors = {name: value for name, value in found if isinstance(value, torch.Tensor)}
     if not tensors:
         raise ValueError(f"{file} holds no tensors by name, neither itself nor under {', '.join(_NESTED)}")
-    return tensors
+    return tensors, mapped

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
+import pathlib
 import re
+from typing import NamedTuple
 
 from blip2_jax import params
-from blip2_jax.checkpoints import mapping, qformer
-from blip2_jax.checkpoints.huggingface import Directory
+from blip2_jax.checkpoints import hub, mapping, qformer
+from blip2_jax.checkpoints.huggingface import Directory, complete
 from blip2_jax.checkpoints.mapping import Report, Tensors
 from blip2_jax.checkpoints.torch_file import TorchFile
 from blip2_jax.models.qformer import QFormerConfig
@@ -30,32 +32,93 @@ _NEVER_MISSING = (
 )
 
 
-def open_source(source: str) -> tuple[Tensors, qformer.Dialect]:
-    """The tensors that "lavis:FILE" or "hf:DIR" names, and what they are called there.
+class Source(NamedTuple):
+    """A checkpoint of another program.
+
+    Attributes:
+      tensors: what it holds.
+      dialect: what they are called.
+      language: model_type of the language model that the projection speaks to; "" for a stage 1.
+      exact_gelu: it runs T5 with exact GELU.
+      instruct: its Q-Former reads instructions.
+      has_tower: it holds an image encoder of its own.
+    """
+
+    tensors: Tensors
+    dialect: qformer.Dialect
+    language: str
+    exact_gelu: bool
+    instruct: bool
+    has_tower: bool
+
+
+def open_source(source: str) -> Source:
+    """What "lavis:FILE" or "hf:DIR" names.
 
     Raises:
-      FileNotFoundError: nothing is there.
+      FileNotFoundError, ConnectionError: nothing is there.
       ValueError: it cannot be read, or is not a BLIP-2.
     """
     kind, _, path = source.partition(":")
     if kind == "lavis":
-        file = TorchFile(path)
-        names = file.names()
+        file = TorchFile(pathlib.Path(path).expanduser())
+        names = set(file.names())
         if "query_tokens" not in names:
             raise ValueError(f"{path} is not a BLIP-2 of LAVIS: it has no tensor 'query_tokens'")
-        return file, qformer.lavis(next((name for name in qformer.LAVIS_PROJECTIONS if f"{name}.weight" in names), ""))
-    directory = Directory(path, beside=qformer.HEADS_FILE)
-    model_type = directory.config().get("model_type")
+        projection = next((name for name in qformer.LAVIS_PROJECTIONS if f"{name}.weight" in names), "")
+        reads = bool(projection) and "Qformer.bert.embeddings.word_embeddings.weight" in names
+        tower = any(name.startswith("visual_encoder.") for name in names)
+        language = qformer.LAVIS_PROJECTIONS.get(projection, "")
+        return Source(file, qformer.lavis(projection), language, language == "t5", reads, tower)
+    directory = Directory(hub.directory(path), beside=qformer.HEADS_FILE)
+    config = complete(directory.config(), directory.where)
+    model_type = config.get("model_type")
     if model_type not in qformer.TRANSFORMERS:
         raise ValueError(f"{path} is a {model_type!r}; expected one of {', '.join(qformer.TRANSFORMERS)}")
-    return directory, qformer.TRANSFORMERS[model_type]
+    text = config["text_config"] if "language_projection.weight" in directory.names() else {}
+    exact = text.get("dense_act_fn") == "gelu"
+    dialect = qformer.TRANSFORMERS[model_type]
+    return Source(directory, dialect, text.get("model_type", ""), exact, model_type == "instructblip", False)
 
 
-def read(source: str, template: params.Tree, config: QFormerConfig) -> tuple[params.Tree, Report]:
+def check_fit(source: str, opened: Source, language: str, exact_gelu: bool, instruct: bool, vision: str) -> None:
+    """Refuse a checkpoint whose Q-Former speaks to another language model, or looks through another encoder.
+
+    Args:
+      source: the string that named it.
+      opened: of `open_source`.
+      language: model_type of config.llm; "" in stage 1.
+      exact_gelu: that model, if it is a T5, has exact GELU.
+      instruct: the recipe's Q-Former reads instructions.
+      vision: config.vision.
+
+    Raises:
+      ValueError: it does not fit.
+    """
+    alike = {"qwen2": "llama"}  # LAVIS has one name for both.
+    plain = lambda kind: alike.get(kind, kind)
+    if language and opened.language and plain(language) != plain(opened.language):
+        raise ValueError(f"{source} was trained with a language model {opened.language!r}, config.llm is {language!r}")
+    if language == opened.language == "t5" and opened.exact_gelu and not exact_gelu:
+        raise ValueError(
+            f"{source} was trained through a T5 with exact GELU, config.llm has the tanh approximation: "
+            "add --config.llm_activation=gelu"
+        )
+    if opened.language and language and opened.instruct != instruct:
+        what = "reads instructions" if opened.instruct else "reads no instructions"
+        raise ValueError(f"the Q-Former of {source} {what}: add --config.instruct={opened.instruct}")
+    if opened.has_tower and vision.partition(":")[2] != source.partition(":")[2]:
+        raise ValueError(
+            f"{source} holds a fine-tuned image encoder, without which its Q-Former is not what it was: "
+            f"add --config.vision={source}"
+        )
+
+
+def read(opened: Source, template: params.Tree, config: QFormerConfig) -> tuple[params.Tree, Report]:
     """Those parameters of a trainable tree that a checkpoint of another program has.
 
     Args:
-      source: "lavis:FILE" or "hf:DIR".
+      opened: of `open_source`.
       template: the whole tree, as shapes.
       config: of the Q-Former.
 
@@ -65,8 +128,8 @@ def read(source: str, template: params.Tree, config: QFormerConfig) -> tuple[par
     Raises:
       ValueError: a shape does not fit, something is missing that all have, or a Q-Former of other sizes is there.
     """
-    tensors, dialect = open_source(source)
-    table, known = qformer.table(dialect), set(tensors.names())
+    tensors = opened.tensors
+    table, known = qformer.table(opened.dialect), set(tensors.names())
     leaves = params.flatten(template)
     covered = {path: leaf for path, leaf in leaves.items() if any(re.fullmatch(row, path) for row, _ in table)}
     tree = params.unflatten(covered)
@@ -81,7 +144,7 @@ def read(source: str, template: params.Tree, config: QFormerConfig) -> tuple[par
     foreign = [name for name in report.unexpected if re.match(r"[Qq]former\.|query_tokens", name)]
     if foreign:
         raise ValueError(
-            f"{source} has {len(foreign)} tensors of a Q-Former that this model has no place for, such as "
+            f"{tensors.where} has {len(foreign)} tensors of a Q-Former that this model has no place for, such as "
             f"{foreign[0]!r}: give the recipe the sizes of the checkpoint (config.model)"
         )
     return mapping.load(params.unflatten({path: leaves[path] for path in there}), there, tensors), report

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import re
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -69,7 +70,6 @@ LAVIS_EVA = Dialect(
     up="mlp.fc1",
     down="mlp.fc2",
     aside=[
-        (r"blocks\.\d+\..*", "a block behind those that BLIP-2 uses"),
         (r"(fc_)?norm\..*|head\..*", "EVA-CLIP's own head"),
     ],
 )
@@ -89,7 +89,6 @@ LAVIS_CLIP = Dialect(
     pre_norm="ln_pre",
     align_corners=True,
     aside=[
-        (r"transformer\.resblocks\.\d+\..*", "a block behind those that BLIP-2 uses"),
         (r"ln_post\..*|proj", "CLIP's own head"),
     ],
 )
@@ -118,7 +117,6 @@ TRANSFORMERS_CLIP = dataclasses.replace(
     output="self_attn.out_proj",
     pre_norm="pre_layrnorm",  # Spelled so there.
     aside=[
-        (r"encoder\.layers\.\d+\..*", "a block behind those that BLIP-2 uses"),
         (r"post_layernorm\..*", "CLIP's own head"),
         (r"embeddings\.position_ids", "a buffer"),
     ],
@@ -296,7 +294,9 @@ def load(
         return put(path, array)
 
     tree = mapping.load(template, mapped, own, resize)
-    return tree, mapping.account(own.names(), mapping.names(mapped), tower.dialect.aside)
+    behind = rf"{re.escape(tower.dialect.layers)}\.{tower.config.layers}\..*"
+    aside = [*tower.dialect.aside, (behind, "of the last block, which BLIP-2 does not use")]
+    return tree, mapping.account(own.names(), mapping.names(mapped), aside)
 
 
 def shapes(config: ViTConfig, dtype: Any) -> params.Tree:

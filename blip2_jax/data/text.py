@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import pathlib
 import re
 from collections.abc import Sequence
 
 import numpy as np
 
-from blip2_jax.checkpoints.huggingface import load_tokenizer
+from blip2_jax.checkpoints.huggingface import complete, load_tokenizer, read_config
 
 _STRIPPED = re.compile(r"[.!\"()*#:;~]")
 _MAX_WORDS = 50
@@ -64,24 +63,34 @@ class LanguageTokenizer:
 
     Attributes:
       begin: the tokens before everything, one or none.
+      bos: the tokens between the soft prompt and the text, one or none.
+      space: what stands before a word in the middle of a text; nothing where the tokenizer sets it itself.
       end: the token that ends a text.
       padding: the token that fills rows up; never looked at.
     """
 
-    def __init__(self, directory: pathlib.Path, begin: str = "", end: str = ""):
+    def __init__(self, directory: pathlib.Path, begin: str = "", end: str = "", bos: str = ""):
         """Read the tokenizer of a model's directory.
 
         Args:
           directory: with tokenizer.json and config.json.
           begin: what stands before everything: one token, or "" for nothing.
           end: what ends a text: one token, such as "\\n", or "" for the model's own end-of-text token.
+          bos: what stands between the soft prompt and the text: one token, or "" for nothing.
+
+        Raises:
+          FileNotFoundError, ValueError: no tokenizer is there, or one of these is not one token of it.
         """
         self._tokenizer = load_tokenizer(directory)
-        config = json.loads((directory / "config.json").read_text())
+        config = read_config(directory / "config.json")
         config = config.get("text_config", config)
+        if "eos_token_id" not in config:
+            config = complete(config)
         own = config["eos_token_id"]
         own = own[0] if isinstance(own, list) else own  # Llama 3 has several, the first ends a text.
         self.begin = [self._token("begin", begin)] if begin else []
+        self.bos = [self._token("bos", bos)] if bos else []
+        self.space = " " if "ByteLevel" in str(self._tokenizer.pre_tokenizer) else ""
         self.end = self._token("end", end) if end else own
         self.padding = config.get("pad_token_id") or own
 
@@ -100,6 +109,10 @@ class LanguageTokenizer:
         """Token ids without special tokens."""
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
+    def encode_prompt(self, text: str) -> list[int]:
+        """Token ids of what the model continues."""
+        return [*self.bos, *self.encode(text)]
+
     def decode(self, ids: Sequence[int]) -> str:
         """Text of some tokens up to the first end, without special tokens."""
         ids = list(ids)
@@ -109,7 +122,7 @@ class LanguageTokenizer:
 
     def prompts(self, texts: Sequence[str], length: int) -> tuple[np.ndarray, np.ndarray]:
         """int32[B, length] and bool[B, length]. A prompt that is too long is an error: cutting it would change it."""
-        rows = [self.encode(text) for text in texts]
+        rows = [self.encode_prompt(text) for text in texts]
         longest = max(range(len(rows)), key=lambda index: len(rows[index]))
         if len(rows[longest]) > length:
             raise ValueError(
@@ -119,5 +132,9 @@ class LanguageTokenizer:
         return pad(rows, length, self.padding)
 
     def encode_target(self, text: str, length: int) -> list[int]:
-        """At most `length` token ids, the last of them the end token; a longer text loses its last words."""
-        return [*self.encode(text)[: length - 1], self.end]
+        """Of a text behind a prompt: at most `length` token ids, the last of them the end token.
+
+        With its space a word in the middle of a text is one token, which is how the model knows it. A longer text loses
+        its last words.
+        """
+        return [*self.encode(self.space + text)[: length - 1], self.end]

@@ -45,23 +45,28 @@ def starting_point(task: Task) -> Callable[[jax.Array], params.Tree]:
     checkpoint = store.find_checkpoint(init)
     _, parts = store.read_facts(checkpoint)
     frozen.check({"vision": task.parts["vision"]}, {"vision": parts["vision"]}, str(checkpoint))
-    return lambda key: warm_start(task.initialize(key), store.load_trainable(checkpoint), str(checkpoint))
+    return lambda key: warm_start(task, key, store.load_trainable(checkpoint), str(checkpoint))
 
 
 def _foreign_start(task: Task, init: str, key: jax.Array) -> params.Tree:
-    trained_parameters, report = trained.read(init, task.shapes(), task.blip2.qformer)
+    opened = trained.open_source(init)
+    language = task.parts["llm"].model_type if isinstance(task, Stage2) else ""
+    exact = language == "t5" and task.language_model.config.activation == "gelu"
+    instruct = isinstance(task, Stage2) and task.config.instruct
+    trained.check_fit(init, opened, language, exact, instruct, task.config.vision)
+    parameters, report = trained.read(opened, task.shapes(), task.blip2.qformer)
     report.tell(init)
-    return warm_start(task.initialize(key), trained_parameters, init)
+    return warm_start(task, key, parameters, init)
 
 
-def warm_start(fresh: params.Tree, trained: params.Tree, where: str) -> params.Tree:
+def warm_start(task: Task, key: jax.Array, known: params.Tree, where: str) -> params.Tree:
     """Every parameter that a checkpoint has, and fresh ones for the rest; prints which is which.
 
     Raises:
       ValueError: a shape differs, or nothing of the Q-Former is there.
     """
-    new, old = params.flatten(fresh), params.flatten(trained)
-    shared = [path for path in new if path in old]
+    new, old = params.flatten(task.shapes()), params.flatten(known)
+    shared, missing = [path for path in new if path in old], [path for path in new if path not in old]
     for path in shared:
         if new[path].shape != old[path].shape:
             raise ValueError(
@@ -71,12 +76,13 @@ def warm_start(fresh: params.Tree, trained: params.Tree, where: str) -> params.T
     if not any(path.startswith("qformer/") for path in shared):
         raise ValueError(f"{where} holds no Q-Former to start from")
     print(
-        f"started from {where}: {len(shared)} parameters taken over; fresh: "
-        f"{', '.join(path for path in new if path not in old) or 'none'}; "
+        f"started from {where}: {len(shared)} parameters taken over; fresh: {', '.join(missing) or 'none'}; "
         f"not needed here: {sum(path not in new for path in old)}",
         file=sys.stderr,
     )
-    return params.unflatten({path: jnp.asarray(old.get(path, leaf)) for path, leaf in new.items()})
+    # A whole checkpoint needs no BERT beside it.
+    fresh = params.flatten(task.initialize(key)) if missing else {}
+    return params.unflatten({path: jnp.asarray(old[path] if path in old else fresh[path]) for path in new})
 
 
 def load_trained(path: str | pathlib.Path) -> tuple[Task, params.Tree]:

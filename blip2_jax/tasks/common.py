@@ -54,7 +54,7 @@ class Task(abc.ABC):
         model = config.model
         self.blip2 = Blip2Config(
             qformer=qformer_config(
-                self.parts["bert"].config(),
+                self.parts["bert"].config,
                 layers=model.layers,
                 queries=model.queries,
                 cross_attention_every=model.cross_attention_every,
@@ -185,7 +185,7 @@ class Task(abc.ABC):
     @property
     def has_bert(self) -> bool:
         """Whether config.bert has weights that the Q-Former can start from, not only sizes and a tokenizer."""
-        return "qformer_config" not in self.parts["bert"].config()
+        return "qformer_config" not in self.parts["bert"].config
 
     def decay_table(self) -> params.Table[bool]:
         """Which parameters weight decay pulls: not norms, biases and the temperature."""

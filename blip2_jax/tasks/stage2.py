@@ -31,12 +31,23 @@ class Stage2(Task):
     def __init__(self, config):
         super().__init__(config)
         self.parts["llm"] = frozen.find("llm", config.llm)
-        changes = {"activation": config.llm_activation} if config.llm_activation else {}
-        self.language_model = frozen.language_model(self.parts["llm"], self.dtype, **changes)
+        self.language_model = frozen.language_model(self.parts["llm"], self.dtype, **self._language_changes())
         self.model = SoftPromptModel(self.blip2, self.language_model.config.width)
         self._soft_prompt = jax.jit(self.soft_prompt)
         self._loss_sum = jax.jit(self._language_loss)
         self._generate = jax.jit(self._greedy, static_argnames="max_new_tokens")
+
+    def _language_changes(self) -> dict[str, str]:
+        activation = self.config.llm_activation
+        if not activation:
+            return {}
+        kind = self.parts["llm"].model_type
+        if kind != "t5" or activation not in ("gelu", "gelu_tanh"):
+            raise ValueError(
+                f"config.llm_activation = {activation!r} with a language model {kind!r}: expected '', or gelu or "
+                "gelu_tanh with a T5"
+            )
+        return {"activation": activation}
 
     @functools.cached_property
     def _language(self) -> params.Tree:
@@ -49,8 +60,8 @@ class Stage2(Task):
         Raises:
           ValueError: it has more tokens than the model has rows.
         """
-        path, rows = self.parts["llm"].path, self.language_model.config.vocab_size
-        tokenizer = LanguageTokenizer(path, self.config.data.begin, self.config.data.end)
+        path, rows, data = self.parts["llm"].path, self.language_model.config.vocab_size, self.config.data
+        tokenizer = LanguageTokenizer(path, data.begin, data.end, data.bos)
         if tokenizer.vocab_size > rows:
             raise ValueError(
                 f"{path}: the tokenizer has {tokenizer.vocab_size} tokens, but the model's vocabulary {rows} rows: "
@@ -91,16 +102,15 @@ class Stage2(Task):
         )
 
     def _prepare(self, example: dict, prompt: str, target: str, target_length: int) -> dict:
-        # With its space a word in the middle of a text is one token, which is how the model knows it.
-        target_ids = self.tokenizer.encode_target(" " + target, target_length)
-        return example | {"prompt_ids": self.tokenizer.encode(prompt), "target_ids": target_ids}
+        target_ids = self.tokenizer.encode_target(target, target_length)
+        return example | {"prompt_ids": self.tokenizer.encode_prompt(prompt), "target_ids": target_ids}
 
     def _lengths(self) -> tuple[int, int, int]:
         """The longest prompt, the longest target, and the longest row of one behind the other, in tokens."""
         data = self.config.data
-        kinds = [(len(self.tokenizer.encode(data.prompt)), data.max_text_tokens)]
+        kinds = [(len(self.tokenizer.encode_prompt(data.prompt)), data.max_text_tokens)]
         if data.questions:
-            kinds.append((len(self.tokenizer.encode(data.question)), data.max_answer_tokens))
+            kinds.append((len(self.tokenizer.encode_prompt(data.question)), data.max_answer_tokens))
         return *(max(lengths) for lengths in zip(*kinds, strict=True)), max(sum(kind) for kind in kinds)
 
     def schema(self) -> Schema:
@@ -191,7 +201,7 @@ class Stage2(Task):
     def generate(self, soft_prompt: np.ndarray, prompts: Sequence[str], max_new_tokens: int) -> list[str]:
         """Greedy texts for soft prompts float[B, Q, D] and as many prompts."""
         self._require_what_is_built()
-        length = max(len(self.tokenizer.encode(prompt)) for prompt in prompts)
+        length = max(len(self.tokenizer.encode_prompt(prompt)) for prompt in prompts)
         ids, mask = self.tokenizer.prompts(prompts, length)
         tokens = self._generate(self._language, soft_prompt, ids, mask, max_new_tokens=max_new_tokens)
         return [self.tokenizer.decode(row).strip() for row in np.asarray(tokens)]

@@ -98,3 +98,21 @@ def test_a_missing_tensor_is_named(start, bert, tmp_path):
     other = Directory(tiny.bert(tmp_path / "two", layers=2))
     with pytest.raises(ValueError, match=r"no tensor 'encoder\.layer\.2\."):
         initialize_qformer(params.unflatten(fresh), other, config)
+
+
+def test_the_oldest_files_name_norms_otherwise(bert, tmp_path):
+    """Google's own bert-base-uncased has gamma and beta."""
+    shutil.copytree(bert.path, tmp_path / "old")
+    tensors = load_file(tmp_path / "old" / "model.safetensors")
+    renamed = {
+        name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): array
+        for name, array in tensors.items()
+    }
+    assert renamed.keys() != tensors.keys()
+    save_file(renamed, tmp_path / "old" / "model.safetensors")
+    config = qformer_config(bert.config(), queries=5)
+    fresh = QFormer(config).init(
+        jax.random.key(0), jnp.zeros((1, 4), int), jnp.ones((1, 4), bool), method="encode_text"
+    )
+    trees = [initialize_qformer(fresh["params"], Directory(path), config) for path in (bert.path, tmp_path / "old")]
+    chex.assert_trees_all_equal(*trees)

@@ -27,12 +27,12 @@ BESIDE = r"temperature|qformer/lm_head/.*"
 
 def our_tensors(task):
     """Every tensor of transformers' that the parameters of a task are made of, with its shape."""
-    tower = vision.huggingface_tower(task.parts["vision"].config())
+    tower = vision.huggingface_tower(task.parts["vision"].config)
     encoder = task.encoder.module.config
     table, layers_of = vision.table(tower.dialect, encoder), functools.partial(vision.layers_of, encoder)
     found = mapping.names(mapping.resolve(task.frozen_shapes()["vision"], table, layers_of, "vision_model."))
 
-    dialect = qformer.TRANSFORMERS[task.parts["vision"].config()["model_type"]]
+    dialect = qformer.TRANSFORMERS[task.parts["vision"].config["model_type"]]
     leaves = {path: leaf for path, leaf in params.flatten(task.shapes()).items() if not re.fullmatch(BESIDE, path)}
     tree = params.unflatten(leaves)
     table = params.relevant(qformer.table(dialect), tree)
@@ -40,7 +40,7 @@ def our_tensors(task):
     found |= mapping.names(mapping.resolve(tree, table, layers_of))
     if "llm" not in task.parts:
         return found, ()
-    family, model = language.family(language.own_config(task.parts["llm"].config())), task.language_model
+    family, model = language.family(language.own_config(task.parts["llm"].config)), task.language_model
     layers_of = functools.partial(family.layers, model.config)
     mapped = mapping.resolve(task.frozen_shapes()["language"], family.table(model.config), layers_of, "language_model.")
     return found | mapping.names(mapped), family.aside
@@ -75,4 +75,4 @@ def test_every_published_recipe_names_a_published_model():
         config = runpy.run_path(str(CONFIGS / f"{stage}.py"))["get_config"](variant)
         for part in ("bert", "llm"):
             if part in config:
-                assert frozen.find(part, config[part]).config()["model_type"] in ("bert", "opt", "t5")
+                assert frozen.find(part, config[part]).config["model_type"] in ("bert", "opt", "t5")

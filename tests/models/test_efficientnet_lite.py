@@ -36,7 +36,7 @@ def test_an_accelerator_gets_the_convolution():
 @pytest.mark.parametrize(("side", "tokens"), [(64, 4), (160, 25), (161, 36), (224, 49)])
 def test_tokens_of_the_shipped_encoder(side, tokens):
     part = frozen.find("vision", "nano:")
-    encoder = vision.build(part.config(), side)
+    encoder = vision.build(part.config, side)
     assert encoder.tokens == tokens
     assert encoder.width == 320
 

@@ -49,8 +49,16 @@ def test_remat_changes_nothing(rng):
 def test_a_picture_of_another_size_is_refused():
     with pytest.raises(ValueError, match=r"expected pictures of 28 x 28 x 3, found \(35, 35, 3\)"):
         ViT(CONFIG).apply({"params": parameters(CONFIG)}, jnp.zeros((1, 35, 35, 3)))
-    with pytest.raises(ValueError, match="image_size 30 is not a multiple of the ViT's patches of 7"):
-        dataclasses.replace(CONFIG, image_size=30)
+
+
+def test_what_is_left_beyond_whole_patches_is_not_seen(rng):
+    """SigLIP has 27 x 27 patches of 14 in 384 pixels."""
+    config = dataclasses.replace(CONFIG, image_size=30)
+    assert config.tokens == 17
+    image = rng.normal(size=(1, 30, 30, 3)).astype(np.float32)
+    tree = parameters(config)
+    whole = ViT(CONFIG).apply({"params": tree}, image[:, :28, :28])
+    chex.assert_trees_all_equal(ViT(config).apply({"params": tree}, image), whole)
 
 
 @pytest.mark.parametrize("align_corners", [True, False])

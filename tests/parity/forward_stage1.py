@@ -11,6 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from blip2_jax.checkpoints import bert
+from blip2_jax.checkpoints.huggingface import without_prefix
 from blip2_jax.models.blip2 import ImageTextModel
 from blip2_jax.models.vision.vit import ViT, resize_positions
 from blip2_jax.objectives import contrastive, matching
@@ -51,9 +52,9 @@ def vit_clip(case: Case, mesh: Mesh | None) -> Quantities:
 def qformer_init_from_bert(case: Case, mesh: Mesh | None) -> Quantities:
     """Every parameter that the original takes from BERT, by its LAVIS name; the fresh ones by mean and deviation."""
     config, fresh = golden.fresh_stage1(case)
-    tree = bert.initialize_qformer(fresh["qformer"], golden.Named(case.weights, "bert/"), config.qformer)
+    tree = bert.initialize_qformer(fresh["qformer"], without_prefix(case.weights, "bert/"), config.qformer)
     ours = golden.lavis_tensors({"qformer": tree}, config)
-    recorded = golden.Named(case.weights, "lavis/")
+    recorded = without_prefix(case.weights, "lavis/")
     found: Quantities = {}
     for name, sources in case.meta["source_of_each_param"].items():
         if name.startswith("Qformer.cls.predictions.decoder."):

@@ -78,19 +78,6 @@ class Case:
         return self.inputs[name].transpose(0, 2, 3, 1)
 
 
-class Named:
-    """The tensors of a file whose names begin with a prefix, without it."""
-
-    def __init__(self, directory: Directory, prefix: str):
-        self._directory, self._prefix, self.where = directory, prefix, f"{directory.where}:{prefix}"
-
-    def names(self) -> list[str]:
-        return [n.removeprefix(self._prefix) for n in self._directory.names() if n.startswith(self._prefix)]
-
-    def read(self, name: str) -> np.ndarray:
-        return self._directory.read(self._prefix + name)
-
-
 class Built(NamedTuple):
     """A module of ours with parameters from the case.
 

@@ -55,7 +55,7 @@ def test_the_loss_is_that_of_the_targets_behind_image_and_prompt(stage2):
     soft_prompt, losses = task.soft_prompt(trainable, embeds), []
     prompt = task.tokenizer.encode(task.config.data.prompt)
     for row, text in enumerate(TEXTS):
-        target = task.tokenizer.encode_target(" " + text, task.config.data.max_text_tokens)
+        target = task.tokenizer.encode_target(text, task.config.data.max_text_tokens)
         log_probability = jax.nn.log_softmax(plain_logits(task, soft_prompt[row], [*prompt, *target]))
         # The logits of position t are for token t: the first are those of the last query.
         losses += [-log_probability[len(prompt) + i, token] for i, token in enumerate(target)]

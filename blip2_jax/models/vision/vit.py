@@ -21,7 +21,7 @@ class ViTConfig:
     """Sizes and variant.
 
     Attributes:
-      image_size: S, side of a square picture in pixels; a multiple of `patch`.
+      image_size: S, side of a square picture in pixels; what is left beyond whole patches is not seen.
       patch: side of a patch in pixels.
       width: D.
       layers, heads, mlp_width: of the transformer.
@@ -51,10 +51,6 @@ class ViTConfig:
     dtype: jnp.dtype = jnp.float32
     remat: bool = False
     unroll: int = 1
-
-    def __post_init__(self):
-        if self.image_size % self.patch:
-            raise ValueError(f"image_size {self.image_size} is not a multiple of the ViT's patches of {self.patch}")
 
     @property
     def tokens(self) -> int:

@@ -28,6 +28,7 @@ from blip2_jax.monitoring.progress import progress
 IMAGE_TOKEN = "<image>"
 _SHARD_BYTES = 2 * 10**9
 _TOKENIZER_FILES = ("tokenizer_config.json", "special_tokens_map.json", "vocab.txt", "vocab.json", "merges.txt")
+_BERT_TOKENS = {"pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]", "unk_token": "[UNK]"}
 _HIDDEN_ACT = {"gelu": "gelu", "quick_gelu": "quick_gelu", "gelu_tanh": "gelu_pytorch_tanh"}
 # What transformers' BLIP-2 has no place for.
 HEADS = r"temperature|qformer/lm_head/.*"
@@ -307,4 +308,6 @@ def _write_tokenizer(tokenizer: Tokenizer, source: pathlib.Path, folder: pathlib
     known = json.loads((source / "config.json").read_text())
     ids = {name: known.get(f"{name}_id") for name in ("bos_token", "eos_token", "pad_token")}
     named = {name: tokenizer.id_to_token(number) for name, number in ids.items() if isinstance(number, int)}
+    if tokenizer.token_to_id("[CLS]") is not None:
+        named |= _BERT_TOKENS
     _write_json(folder / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", **named})

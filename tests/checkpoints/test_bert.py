@@ -1,10 +1,13 @@
 """A Q-Former from a BERT: what is taken over, what is copied twice, what starts fresh."""
 
+import shutil
+
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from blip2_jax import params
 from blip2_jax.checkpoints.bert import has_language_head, initialize_qformer, qformer_config
@@ -111,8 +114,6 @@ def test_the_oldest_files_name_norms_otherwise(bert, tmp_path):
     assert renamed.keys() != tensors.keys()
     save_file(renamed, tmp_path / "old" / "model.safetensors")
     config = qformer_config(bert.config(), queries=5)
-    fresh = QFormer(config).init(
-        jax.random.key(0), jnp.zeros((1, 4), int), jnp.ones((1, 4), bool), method="encode_text"
-    )
-    trees = [initialize_qformer(fresh["params"], Directory(path), config) for path in (bert.path, tmp_path / "old")]
+    fresh = fresh_qformer(config)
+    trees = [initialize_qformer(fresh, Directory(path), config) for path in (bert.path, tmp_path / "old")]
     chex.assert_trees_all_equal(*trees)

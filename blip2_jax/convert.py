@@ -84,7 +84,7 @@ def export_checkpoint(checkpoint: str, output: pathlib.Path) -> None:
 
 
 def describe(config: ml_collections.ConfigDict, devices: int) -> str:
-    """Every parameter of a recipe: path, shape, dtype, whether it is trained, and how it lies on the recipe's mesh."""
+    """Every parameter of a recipe: path, shape, dtype, whether it is trained, and where the sharding table puts it."""
     task = tasks.create(config)
     tree = {"trainable": task.shapes(), "frozen": task.frozen_shapes()}
     mesh = meshes.abstract_mesh(config.mesh, devices)

@@ -17,6 +17,7 @@ from blip2_jax import convert, params, tasks, trainer
 from blip2_jax.checkpoints import mapping, qformer, store, trained
 from blip2_jax.models.layers import causal_mask
 from tests import tiny
+from tests.checkpoints.test_transformers import LANGUAGE, saved
 
 VIT = {"model.image_positions": False, "model.text_pooling": "cls", "model.ln_vision_epsilon": 1e-5}
 
@@ -246,7 +247,10 @@ def test_an_activation_is_for_t5_alone(folder, own_cache):
 
 
 def lavis_file(file, config, tree, projection):
-    """A checkpoint as LAVIS writes it: frozen parts missing, a buffer, what is tied twice, the rest under "model"."""
+    """A checkpoint as LAVIS writes it: frozen parts missing, a buffer, what is tied twice, the rest under "model".
+
+    The names are our own table's; that it is right is for tests/parity to show, with the original's own files.
+    """
     import torch
 
     task = tasks.create(config)
@@ -334,3 +338,42 @@ def test_transformers_gives_the_same_outputs(checkpoint, exported, rng):
     hidden, _ = bound(row, np.broadcast_to(np.arange(length), (2, length)), causal_mask(length))
     ours = np.asarray(hidden @ bound.head().T)
     np.testing.assert_allclose(ours, theirs[..., : ours.shape[-1]], atol=1e-4 * np.abs(theirs).max())
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("name", ["OPT", "Flan-T5", "Llama"])
+def test_exports_around_other_language_models(name, folder, own_cache, tmp_path, rng):
+    """Heads of their own, rows that no token has (one of them becomes the image token), an encoder-decoder."""
+    import torch
+    import transformers
+
+    kind, config_class, sizes = LANGUAGE[name]
+    ends = {"eos_token_id": 2, "pad_token_id": 2, "tie_word_embeddings": False}
+    saved(kind, config_class, sizes | ends | {"vocab_size": 320}, tmp_path / "llm")
+    config = recipe("stage2", folder, llm=f"hf:{tmp_path / 'llm'}", **{"data.begin": ""})
+    shutil.copy(folder / "llama" / "tokenizer.json", tmp_path / "llm")
+    tree, task = random_tree(config), tasks.create(config)
+    store.save_alone(tmp_path / "ours", tree, json.loads(config.to_json()), task.frozen_identity())
+    convert.export_checkpoint(str(tmp_path / "ours"), tmp_path / "theirs")
+    exported = json.loads((tmp_path / "theirs" / "config.json").read_text())
+    assert exported["text_config"]["vocab_size"] == 320
+    assert not exported["text_config"]["tie_word_embeddings"]
+
+    pictures = rng.integers(0, 256, (2, 64, 64, 3)).astype(np.uint8)
+    soft_prompt = task.soft_prompt(tree, task.encode(pictures))
+    processor = transformers.AutoProcessor.from_pretrained(tmp_path / "theirs")
+    encoded = processor(images=list(pictures), text=["a red", "a red"], return_tensors="pt")
+    model = transformers.Blip2ForConditionalGeneration.from_pretrained(tmp_path / "theirs").eval()
+    bound = task.language_model.bind({"params": task.frozen["language"]})
+    ids = np.asarray(encoded["input_ids"])[:, config.model.queries :]
+    row = np.concatenate([soft_prompt, bound.embed(ids)], axis=1)
+    if name == "Flan-T5":
+        answer = rng.integers(3, 90, (2, 5))
+        hidden, _ = bound.decode(bound.encode(row, np.ones(row.shape[:2], bool)), bound.embed(answer))
+        encoded["decoder_input_ids"] = torch.tensor(answer)
+    else:
+        positions = np.broadcast_to(np.arange(row.shape[1]), row.shape[:2])
+        hidden, _ = bound(row, positions, causal_mask(row.shape[1]))
+    with torch.no_grad():
+        theirs = model(**encoded).logits.numpy()
+    np.testing.assert_allclose(np.asarray(hidden @ bound.head().T), theirs, atol=1e-4 * np.abs(theirs).max())

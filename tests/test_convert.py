@@ -17,7 +17,7 @@ from blip2_jax import convert, params, tasks, trainer
 from blip2_jax.checkpoints import mapping, qformer, store, trained
 from blip2_jax.models.layers import causal_mask
 from tests import tiny
-from tests.checkpoints.test_transformers import LANGUAGE, saved
+from tests.originals import LANGUAGE, saved
 
 VIT = {"model.image_positions": False, "model.text_pooling": "cls", "model.ln_vision_epsilon": 1e-5}
 

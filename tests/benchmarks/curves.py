@@ -1,4 +1,8 @@
-"""The page whose picture is the README's figure of nano_long: python -m tests.benchmarks.curves DIR FILE.html"""
+"""The page whose picture is the README's figure of nano_long, from the DIR that nano.sh has filled.
+
+python -m tests.benchmarks.curves DIR FILE.html
+chromium --headless --window-size=1130,680 --screenshot=FILE.png FILE.html
+"""
 
 from __future__ import annotations
 
@@ -9,14 +13,13 @@ from collections.abc import Sequence
 
 from blip2_jax.monitoring import report
 
-R1 = "retrieval/{}/text_to_image/r1"
 # Stage, title, and the curves: label -> name in metrics.jsonl.
 CHARTS = [
     ("stage1", "stage 1: training losses", {"ITC": "loss_itc", "ITM": "loss_itm", "ITG": "loss_itg"}),
     (
         "stage1",
         "text to image R@1 by ITC",
-        {s: f"eval/nano:{s}/{R1.format('itc')}" for s in ("val_drawing", "val_concept")},
+        {s: f"eval/nano:{s}/retrieval/itc/text_to_image/r1" for s in ("val_drawing", "val_concept")},
     ),
     ("stage2", "stage 2: training loss", {"LM": "loss"}),
     ("stage2", "LM loss", {s: f"eval/nano:{s}/caption/loss" for s in ("val_drawing", "val_concept")}),

@@ -51,7 +51,7 @@ def seeds(folders: Sequence[pathlib.Path], split: str) -> str:
         values = [run[label].value for run in runs]
         mean = float(np.mean(values))
         known = [b for b in row.baselines if b is not None]
-        shown = f"**{mean:.3f}**" if known and mean >= max(known) else f"{mean:.3f}"
+        shown = f"**{mean:.3f}**" if known and mean > max(known) else f"{mean:.3f}"
         spread = [f"{min(values):.3f} ... {max(values):.3f}"] if len(runs) > 1 else []
         table.append([label, shown, *spread, *map(baseline, row.baselines)])
     return markdown(table)

@@ -38,6 +38,8 @@ def nano() -> ConfigDict:
     config.vision = "nano:"
     config.bert = "nano:"
     config.llm = "nano:"
+    config.llm_activation = ""  # "gelu": Flan-T5 with exact GELU, as LAVIS runs it; "": the model's own.
+    config.instruct = False  # The Q-Former reads the instruction, as InstructBLIP's.
     config.init = ""  # A stage-1 workdir; "scratch" trains without stage 1.
     config.image_size = 160
 
@@ -73,8 +75,6 @@ def nano() -> ConfigDict:
     config.model.text_pooling = "mean"
     config.model.keep_token_type = True
     config.model.ln_vision_epsilon = 1e-5  # 1e-6 in transformers' BLIP-2.
-    config.instruct = False  # The Q-Former reads the instruction, as InstructBLIP's.
-    config.llm_activation = ""  # "gelu": Flan-T5 with exact GELU, as LAVIS runs it; "": the model's own.
     config.model.remat = False
     config.model.unroll = 3
 

@@ -36,7 +36,7 @@ def _tensors(directory: Directory) -> Renamed:
         name = name.removeprefix("bert.")
         return next((name.replace(a, b) for a, b in old.items() if name.endswith(a)), name)
 
-    return Renamed(directory, rename)
+    return Renamed(directory, {new: name for name in directory.names() if (new := rename(name)) is not None})
 
 
 def qformer_config(config: dict[str, Any], **changes: Any) -> QFormerConfig:

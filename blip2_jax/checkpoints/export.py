@@ -19,7 +19,7 @@ from tokenizers import AddedToken, Tokenizer
 from blip2_jax import params
 from blip2_jax.checkpoints import language, mapping, qformer, vision
 from blip2_jax.checkpoints.frozen import Frozen
-from blip2_jax.checkpoints.huggingface import complete, load_tokenizer, part_of
+from blip2_jax.checkpoints.huggingface import complete, load_tokenizer
 from blip2_jax.models.blip2 import Blip2Config
 from blip2_jax.models.vision import VisionEncoder
 from blip2_jax.models.vision.vit import ViT, ViTConfig
@@ -198,7 +198,7 @@ def _language_tensors(llm: Frozen, text: dict[str, Any], rows: int) -> tuple[Nam
     """The language model's tensors; vocabularies grow to `rows`, by the mean row, so that the image token has one."""
     family = language.family(text)
     config = family.config(text)
-    tensors = part_of(llm.tensors, family.anchor, ("", "language_model."))
+    tensors = language.tensors(family, llm.tensors)
     template = language.shapes(family.module(config))
     mapped = mapping.resolve(template, family.table(config), functools.partial(family.layers, config))
     vocabularies = {

@@ -28,7 +28,7 @@ import jax.numpy as jnp
 
 from blip2_jax.checkpoints import downloads, hub, language, mapping, published
 from blip2_jax.checkpoints import vision as towers
-from blip2_jax.checkpoints.huggingface import Directory, complete, part_of, read_config
+from blip2_jax.checkpoints.huggingface import Directory, complete, read_config
 from blip2_jax.checkpoints.torch_file import TorchFile
 from blip2_jax.models import vision
 from blip2_jax.models.vision.vit import ViT
@@ -206,7 +206,7 @@ def language_model(part: Frozen, dtype: Any, **changes: Any) -> nn.Module:
 def load_language_model(part: Frozen, model: nn.Module, dtype: Any, put: mapping.Put = mapping.to_device) -> dict:
     """The parameters of a language model that `language_model` made."""
     family = language.family(language.own_config(part.config))
-    tensors = part_of(part.tensors, family.anchor, ("", "language_model."))
+    tensors = language.tensors(family, part.tensors)
     template = language.shapes(model, dtype)
     mapped = mapping.resolve(template, family.table(model.config), functools.partial(family.layers, model.config))
     tree = mapping.load(template, mapped, tensors, put)

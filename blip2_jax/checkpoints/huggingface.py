@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -168,10 +168,11 @@ class Renamed:
       where: for messages.
     """
 
-    def __init__(self, whole: Tensors, rename: Callable[[str], str | None], where: str = ""):
+    def __init__(self, whole: Tensors, names: Mapping[str, str], where: str = ""):
+        """Show `whole` under the keys of `names`, whose values are its own names."""
         self.where = where or whole.where
         self._whole = whole
-        self._names = {new: name for name in whole.names() if (new := rename(name)) is not None}
+        self._names = dict(names)
 
     def names(self) -> list[str]:
         return list(self._names)
@@ -182,8 +183,14 @@ class Renamed:
 
 def without_prefix(whole: Tensors, prefix: str) -> Renamed:
     """The tensors whose names begin with a prefix, without it: a model inside a larger one."""
-    rename = lambda name: name.removeprefix(prefix) if name.startswith(prefix) else None
-    return Renamed(whole, rename, f"{whole.where} ({prefix}*)" if prefix else "")
+    names = {name.removeprefix(prefix): name for name in whole.names() if name.startswith(prefix)}
+    return Renamed(whole, names, f"{whole.where} ({prefix}*)" if prefix else "")
+
+
+def with_ties(whole: Tensors, ties: Mapping[str, str]) -> Renamed:
+    """The tensors, and those that a file leaves out because they are the same as another: {left out: the other}."""
+    own = {name: name for name in whole.names()}
+    return Renamed(whole, {name: same for name, same in ties.items() if same in own} | own)
 
 
 def part_of(whole: Tensors, anchor: str, prefixes: Sequence[str]) -> Renamed:
@@ -200,6 +207,6 @@ def part_of(whole: Tensors, anchor: str, prefixes: Sequence[str]) -> Renamed:
             return without_prefix(whole, prefix)
     beginning, _, rest = anchor.partition(".")
     if rest in known:
-        return Renamed(whole, lambda name: f"{beginning}.{name}")
+        return Renamed(whole, {f"{beginning}.{name}": name for name in known})
     tried = ", ".join(repr(prefix + anchor) for prefix in prefixes)
     raise ValueError(f"{whole.where}: not the model that was asked for, it has none of the tensors {tried}")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -11,7 +12,8 @@ import jax.numpy as jnp
 
 from blip2_jax import params
 from blip2_jax.checkpoints import mapping
-from blip2_jax.checkpoints.mapping import Foreign, as_is, flat, linear
+from blip2_jax.checkpoints.huggingface import part_of, with_ties
+from blip2_jax.checkpoints.mapping import Foreign, Tensors, as_is, flat, linear
 from blip2_jax.models.language.decoder import DecoderConfig
 from blip2_jax.models.language.llama import Llama, LlamaConfig, Rope
 from blip2_jax.models.language.opt import OPT, OPTConfig
@@ -28,6 +30,7 @@ class Family(NamedTuple):
       layers: config and path -> the layers that a parameter stacks, or None.
       anchor: a tensor that each of them has, to find the model inside a larger one.
       aside: tensors that are left out, with the reason.
+      ties: tensors that a file may lack because they are the same as another: {left out: the other}.
     """
 
     module: type[nn.Module]
@@ -36,6 +39,7 @@ class Family(NamedTuple):
     layers: Callable[[Any, str], range | None]
     anchor: str
     aside: params.Table[str]
+    ties: Mapping[str, str] = MappingProxyType({})
 
 
 def _expect(config: dict[str, Any], **values: Any) -> None:
@@ -264,6 +268,8 @@ _T5 = Family(
         (r"(encoder|decoder)\.embed_tokens\.weight", "the same as shared.weight"),
         (r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight", "never used"),
     ],
+    # The head is one of its own in what was published, and not in what transformers makes anew.
+    {"lm_head.weight": "shared.weight"},
 )
 
 FAMILIES: dict[str, Family] = {"llama": _LLAMA, "qwen2": _LLAMA, "opt": _OPT, "t5": _T5}
@@ -284,6 +290,15 @@ def family(config: dict[str, Any]) -> Family:
     if kind not in FAMILIES:
         raise ValueError(f"the language model's model_type is {kind!r}; expected one of {', '.join(FAMILIES)}")
     return FAMILIES[kind]
+
+
+def tensors(family: Family, whole: Tensors) -> Tensors:
+    """A language model's tensors: those of its own file, or of the BLIP-2 around it.
+
+    Raises:
+      ValueError: there is no such model in it.
+    """
+    return with_ties(part_of(whole, family.anchor, ("", "language_model.")), family.ties)
 
 
 def shapes(model: nn.Module, dtype: Any = None) -> params.Tree:

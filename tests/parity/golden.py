@@ -5,11 +5,14 @@ Nothing about sizes is known here; architecture.json (LAVIS), config.json (trans
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import functools
 import json
 import pathlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -107,6 +110,7 @@ def vit(case: Case, kind: str = "eva", prefix: str = "") -> tuple[ViTConfig, vis
     """The image encoder; `kind` and `prefix` count for LAVIS."""
     if case.program == "hf":
         config, dialect = vision.huggingface_tower(case.config)[:2]
+        config = dataclasses.replace(config, dtype=jnp.float32)
         prefix = "vision_model."
     else:
         a = case.architecture[f"vision_{kind}"]
@@ -122,6 +126,7 @@ def vit(case: Case, kind: str = "eva", prefix: str = "") -> tuple[ViTConfig, vis
             norm_epsilon=a["norm_eps"],
             patch_bias=kind == "eva",
             pre_norm=kind == "clip",
+            dtype=jnp.float32,
         )
     image = jnp.zeros((1, config.image_size, config.image_size, 3))
     init = lambda key: ViT(config).init(key, image)
@@ -143,6 +148,7 @@ def _blip2_config(case: Case) -> Blip2Config:
                 cross_attention_every=q["cross_attention_frequency"],
                 queries=case.config["num_query_tokens"],
                 norm_epsilon=q["layer_norm_eps"],
+                dtype=jnp.float32,
             ),
             embed_width=case.config.get("image_text_hidden_size", 0),
             ln_vision_epsilon=case.config["vision_config"]["layer_norm_eps"],
@@ -160,6 +166,7 @@ def _blip2_config(case: Case) -> Blip2Config:
             cross_attention_every=q["cross_attention_every"],
             queries=q["queries"],
             norm_epsilon=q["norm_eps"],
+            dtype=jnp.float32,
         ),
         embed_width=a["stage1"]["embed_dim"],
         ln_vision_epsilon=a["ln_vision_eps"],
@@ -226,7 +233,7 @@ def language_model(case: Case, kind: str = "") -> tuple[Any, Built]:
     """The language model; `kind` (opt, t5, llama) counts for LAVIS."""
     config = case.config["text_config"] if case.program == "hf" else _lavis_language(case.architecture, kind)
     family = language.family(config)
-    sizes = family.config(config)
+    sizes = family.config(config, dtype=jnp.float32)
     module = family.module(sizes)
     init = lambda key: module.init(key, jnp.zeros((1, 2), jnp.int32), method="initialize")
     prefix = "language_model." if case.program == "hf" else {"llama": "llm"}.get(kind, kind) + "_model."
@@ -270,8 +277,17 @@ def _lavis_language(architecture: dict[str, Any], kind: str) -> dict[str, Any]:
 # One device or many.
 
 
+@contextlib.contextmanager
+def float64():
+    """Models that are built and run in here do everything in float64, also where our modules ask for float32."""
+    with jax.enable_x64(True), mock.patch.object(jnp, "float32", jnp.float64):
+        yield
+
+
 def run(function: Callable, trees: Any, batch: dict[str, np.ndarray], mesh: Mesh | None) -> Any:
     """function(trees, batch) under jit, as numpy arrays; on a mesh parameters and batch are spread over it."""
+    as_asked = lambda x: x.astype(jnp.float32) if np.issubdtype(x.dtype, np.floating) else x
+    trees, batch = jax.tree.map(as_asked, (trees, batch))
     if mesh is None:
         return jax.tree.map(np.asarray, jax.jit(function)(trees, batch))
     trees = jax.device_put(trees, {name: sharding.shardings(tree, mesh) for name, tree in trees.items()})

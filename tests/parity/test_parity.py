@@ -56,8 +56,8 @@ _BUILT = {"forward": forward, "gradients": gradients}
 def tolerance(case: Case, group: str, quantity: str, recorded: np.ndarray) -> np.ndarray:
     """Allowed error of every element of a recorded tensor."""
     if group == "gradients":
-        # The recorded gradients of T5 are themselves up to 3.6e-4 from float64 (tests/parity/noise.py), where those of
-        # the other models stay below 1e-5: there an element may err by 1e-4 of the largest of its tensor.
+        # The recorded gradients of T5 are themselves up to 3.6e-4 from float64 (tests/parity/noise.py), where ours are
+        # compared, and those of other models below 1e-5: there an element may err by 1e-4 of the largest of its tensor.
         size = np.abs(recorded)
         return 5e-5 + 1e-4 * (np.full_like(size, size.max()) if "t5" in case.name else size)
     if "loss" in quantity:

@@ -18,7 +18,8 @@ def cross_attention(task: Task, trainable: params.Tree, image_embeds: np.ndarray
     _, state = task.model.apply(
         {"params": trainable}, image_embeds.astype(np.float32), method=task.read_image, mutable=["intermediates"]
     )
-    weights = {path: leaf for path, leaf in params.flatten(state["intermediates"]).items() if path.endswith("weights")}
+    sown = params.flatten(state["intermediates"])
+    weights = {path: leaf for path, leaf in sown.items() if path.endswith("cross_attention/weights")}
     tail = [leaf[0] for path, leaf in weights.items() if "/tail/" in path]
     groups = [leaf[0][-1] for path, leaf in weights.items() if "/groups/" in path]
     return np.asarray((tail or groups)[0]).mean(1)

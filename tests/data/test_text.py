@@ -51,10 +51,10 @@ def test_language_rows(llama):
     tokenizer = LanguageTokenizer(llama)
     assert (tokenizer.begin, tokenizer.end) == ([], 2)
     assert LanguageTokenizer(llama, begin="<|endoftext|>").begin == [0]
-    ids = tokenizer.encode_target(" a red square", 12)
+    ids = tokenizer.encode_target("a red square", 12)  # A space before the first word is its own affair.
     assert ids[-1] == 2
     assert tokenizer.decode(ids) == " a red square"
-    assert tokenizer.encode_target(" a red square" * 9, 5) == [*tokenizer.encode(" a red square" * 9)[:4], 2]
+    assert tokenizer.encode_target("a red square" * 9, 5) == [*tokenizer.encode(" a red square" * 9)[:4], 2]
 
 
 def test_another_end(llama):
@@ -100,5 +100,5 @@ def test_a_tokenizer_of_older_files(tmp_path, llama):
 
 def test_a_directory_without_tokenizer(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "llama", "eos_token_id": 2}')
-    with pytest.raises(FileNotFoundError, match=r"tokenizer\.json is missing, and transformers finds no tokenizer"):
+    with pytest.raises(FileNotFoundError, match=r"tokenizer\.json is missing, and transformers makes no tokenizer"):
         LanguageTokenizer(tmp_path)

@@ -17,7 +17,7 @@ import optax
 
 from blip2_jax import files, optimizer, params, tasks
 from blip2_jax.checkpoints import frozen
-from blip2_jax.checkpoints.store import Store, TrainState
+from blip2_jax.checkpoints.store import Store, TrainState, read_config
 from blip2_jax.data.pipeline import check_batch, training_batches
 from blip2_jax.monitoring import report
 from blip2_jax.monitoring.clock import Clock
@@ -33,10 +33,9 @@ class Interrupted(Exception):
 
 def refuse_other_configuration(workdir: pathlib.Path, resolved: dict) -> None:
     """Raise ValueError if the workdir belongs to a run of another configuration."""
-    file = workdir / "config.json"
-    if not file.exists():
+    if not (workdir / "config.json").exists():
         return
-    known, new = params.flatten(json.loads(file.read_text())), params.flatten(resolved)
+    known, new = params.flatten(read_config(workdir)), params.flatten(resolved)
     changed = [name for name in sorted(known.keys() | new.keys()) if known.get(name) != new.get(name)]
     if changed:
         lines = [f"  {name}: {known.get(name)!r} there, {new.get(name)!r} asked for" for name in changed]

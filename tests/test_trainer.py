@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -159,6 +160,17 @@ def test_the_same_command_on_a_finished_run_changes_nothing(folder, stage1):
     before = (stage1 / "metrics.jsonl").read_text()
     trainer.train(tiny.recipe("stage1", folder), stage1)
     assert (stage1 / "metrics.jsonl").read_text() == before
+
+
+def test_settings_that_came_later_are_no_other_configuration(folder, stage1, tmp_path):
+    """A workdir from before these settings goes on, and its checkpoint is read."""
+    shutil.copytree(stage1, tmp_path / "old")
+    for file in (tmp_path / "old").rglob("config.json"):
+        config = json.loads(file.read_text())
+        del config["model"]["ln_vision_epsilon"]
+        file.write_text(json.dumps(config))
+    trainer.train(tiny.recipe("stage1", folder), tmp_path / "old")
+    assert tasks.load_trained(tmp_path / "old")[0].blip2.ln_vision_epsilon == 1e-5
 
 
 def test_a_workdir_of_another_configuration_is_refused(folder, stage1):

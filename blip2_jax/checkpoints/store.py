@@ -143,9 +143,22 @@ def find_checkpoint(path: str | pathlib.Path) -> pathlib.Path:
     return max(steps, key=lambda step: int(step.name))
 
 
+# Settings that came later than the first checkpoints, and what these did before there was a choice; by task.
+_LATER = {
+    "stage1": {"model/ln_vision_epsilon": 1e-5},
+    "stage2": {"model/ln_vision_epsilon": 1e-5, "data/bos": "", "instruct": False, "llm_activation": ""},
+}
+
+
+def read_config(folder: pathlib.Path) -> dict:
+    """The configuration in a workdir or a checkpoint, with the settings that there were not yet when it was written."""
+    config = json.loads((folder / "config.json").read_text())
+    return params.unflatten(_LATER.get(config["task"], {}) | params.flatten(config))
+
+
 def read_facts(checkpoint: pathlib.Path) -> tuple[dict, dict]:
     """The configuration and the frozen parts of a checkpoint."""
-    return tuple(json.loads((checkpoint / name).read_text()) for name in ("config.json", "frozen.json"))
+    return read_config(checkpoint), json.loads((checkpoint / "frozen.json").read_text())
 
 
 def load_trainable(checkpoint: pathlib.Path) -> params.Tree:

@@ -31,7 +31,7 @@ REQUIREMENTS = [
 EXTRAS = {
     "gpu": ["jax[cuda12]"],
     "tpu": ["jax[tpu]"],
-    "test": ["chex>=0.1.90", "pytest>=8.4", "ruff>=0.14"],
+    "test": ["chex>=0.1.90", "pytest>=8.4", "pytest-xdist>=3.8", "ruff>=0.14"],
     # Tokenizers that are only a *.model file, such as Vicuna's.
     "sentencepiece": ["sentencepiece>=0.2", "protobuf>=5.0"],
     # Comparisons with the originals; the CPU wheel is enough.

@@ -6,4 +6,4 @@ source launch/environment.sh
 prepare_environment test
 ruff check .
 ruff format --check .
-python -m pytest "$@"
+python -m pytest -n 2 --dist loadfile "$@"

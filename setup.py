@@ -26,7 +26,7 @@ REQUIREMENTS = [
     "tensorboardX>=2.6.4",
     "tokenizers>=0.22.0",
     "tqdm>=4.67",
-    "transformers>=5.0",
+    "transformers>=5.8",
 ]
 EXTRAS = {
     "gpu": ["jax[cuda12]"],

@@ -38,6 +38,34 @@ class RMSNorm(nn.Module):
         return (x * scale).astype(self.dtype)
 
 
+def dropout_mask(key: jax.Array, rows: jax.Array, rate: float, shape: tuple[int, ...]) -> jax.Array:
+    """bool[B, *shape], True where a value is kept; a function of the key and of each row's number alone.
+
+    So the same values are dropped wherever a row is computed: on another mesh, or in another piece of the batch.
+
+    Args:
+      key: of this place in the model, this pass and this step.
+      rows: uint32[B], the number of each row in the global batch.
+      rate: share of values dropped.
+      shape: of what a row has.
+    """
+    return jax.vmap(lambda row: jax.random.bernoulli(jax.random.fold_in(key, row), 1.0 - rate, shape))(rows)
+
+
+class Dropout(nn.Module):
+    """Dropout by row; needs the generator "dropout" where `rows` are given."""
+
+    rate: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array, rows: jax.Array | None) -> jax.Array:
+        """float[B, ...]; `rows` uint32[B] of `dropout_mask`, None: nothing is dropped."""
+        if rows is None or self.rate == 0.0:
+            return x
+        kept = dropout_mask(self.make_rng("dropout"), rows, self.rate, x.shape[1:])
+        return jnp.where(kept, x / (1.0 - self.rate), 0.0).astype(x.dtype)
+
+
 def attention_weights(
     query: jax.Array,
     key: jax.Array,
@@ -68,6 +96,7 @@ def dot_product_attention(
     scale: float | None = None,
     dropout_rate: float = 0.0,
     dropout_key: jax.Array | None = None,
+    dropout_rows: jax.Array | None = None,
 ) -> jax.Array:
     """Scaled dot-product attention with an fp32 softmax; groups of query heads may share a key head.
 
@@ -79,7 +108,8 @@ def dot_product_attention(
         evenly to everything instead of becoming NaN: its output is meaningless and must be masked by the caller.
       bias: float, broadcastable to [B, H, T, S], added to the scaled products (T5's relative positions).
       scale: of the products; by default d^-0.5.
-      dropout_rate: share of attention weights dropped; needs `dropout_key` when above 0.
+      dropout_rate: share of attention weights dropped where `dropout_rows` are given.
+      dropout_key, dropout_rows: of `dropout_mask`.
 
     Returns:
       float[B, T, H, d], in the dtype of `query`.
@@ -89,8 +119,8 @@ def dot_product_attention(
     weights = attention_weights(query, key, mask, bias, scale).reshape(
         batch, groups, heads // groups, length, key.shape[1]
     )
-    if dropout_rate > 0.0:
-        kept = jax.random.bernoulli(dropout_key, 1.0 - dropout_rate, weights.shape)
+    if dropout_rate > 0.0 and dropout_rows is not None:
+        kept = dropout_mask(dropout_key, dropout_rows, dropout_rate, weights.shape[1:])
         weights = jnp.where(kept, weights / (1.0 - dropout_rate), 0.0)
     output = jnp.einsum("bkgts,bskd->btkgd", weights.astype(value.dtype), value)
     return output.reshape(batch, length, heads, size)

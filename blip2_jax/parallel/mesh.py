@@ -10,6 +10,7 @@ import jax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 AXES = ("data", "fsdp", "tensor")
+ROW_AXES = ("data", "fsdp")  # What the rows of a batch are divided over.
 
 
 def parse_mesh(text: str, devices: int) -> tuple[int, ...]:
@@ -51,7 +52,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Rows divided over the data and fsdp axes."""
-    return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+    return NamedSharding(mesh, PartitionSpec(ROW_AXES))
 
 
 def check_batch_size(batch_size: int, mesh: Mesh) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from blip2_jax.parallel import mesh as meshes
-from tests.parity import forward_stage1, forward_stage2
+from tests.parity import forward_stage1, forward_stage2, stage1
 from tests.parity.golden import Case
 
 _GENERATION = {
@@ -47,7 +47,9 @@ def forward(case: Case):
 
 def gradients(case: Case):
     """The function that computes a case's gradients, or None."""
-    return forward_stage2.whole_gradients if case.program == "hf" else None
+    if case.program == "hf":
+        return forward_stage2.whole_gradients
+    return stage1.gradients if case.name.startswith("stage1_") else None
 
 
 _BUILT = {"forward": forward, "gradients": gradients}

@@ -73,7 +73,7 @@ def test_the_block_changes_nothing(rng, mesh):
     (images, texts), pairs = naive.features(rng, 8), naive.pairs(rng, 8)
     expected = loss_and_gradients(naive.contrastive_loss, images, texts, pairs)
     with surrounding(mesh):
-        for block in (1, 2, 3, 7, 8, 512):
+        for block in (1, 3, 8, 512):
             close(loss_and_gradients(contrastive.contrastive_loss, images, texts, pairs, block=block), expected)
 
 
@@ -81,9 +81,7 @@ def test_in_bfloat16_the_loss_is_that_of_its_rounded_features(rng):
     (images, texts), pairs = naive.features(rng, 8), naive.pairs(rng, 8)
     images, texts = images.astype(jnp.bfloat16), texts.astype(jnp.bfloat16)
     found = loss_and_gradients(contrastive.contrastive_loss, images, texts, pairs)
-    expected = loss_and_gradients(
-        naive.contrastive_loss, images.astype(jnp.float32), texts.astype(jnp.float32), pairs
-    )
+    expected = loss_and_gradients(naive.contrastive_loss, images.astype(jnp.float32), texts.astype(jnp.float32), pairs)
     np.testing.assert_allclose(found[0], expected[0], rtol=1e-5)
     assert found[0].dtype == jnp.float32
     assert found[1][0].dtype == found[1][1].dtype == jnp.bfloat16

@@ -1,8 +1,9 @@
 """Rows of a batch from other devices: the image tokens of hard negatives, chosen among all images of the global batch.
 
-Both ways give the same rows. `ring` passes every device's rows around, and each device picks what it wants as they
+All ways give the same rows. `ring` passes every device's rows around, and each device picks what it wants as they
 come by: it works everywhere, holds one other device's rows at a time, and moves all of them. `ragged` sends what was
-chosen and nothing else, through `jax.lax.ragged_all_to_all`, which compiles for TPU and GPU, not for CPU.
+chosen and nothing else, through `jax.lax.ragged_all_to_all`, which compiles for TPU and GPU, not for CPU. `gather` is
+for small things, such as token ids: every device gets all rows.
 """
 
 from __future__ import annotations
@@ -14,11 +15,11 @@ import jax.numpy as jnp
 
 from blip2_jax.parallel.rows import Rows, rows_of
 
-EXCHANGES = ("ring", "ragged")
+EXCHANGES = ("ring", "ragged", "gather")
 
 
 def take_rows(x: jax.Array, index: jax.Array, how: str = "ring") -> jax.Array:
-    """x[index] where both are divided over the devices of the surrounding mesh, without a device having all of x.
+    """x[index] where both are divided over the devices of the surrounding mesh.
 
     Differentiable; the gradient travels by the ring, whichever way the rows took. If the mesh does not divide x and
     `index` alike, or there is none, this is plain indexing.
@@ -26,8 +27,8 @@ def take_rows(x: jax.Array, index: jax.Array, how: str = "ring") -> jax.Array:
     Args:
       x: [B, ...], of any type.
       index: int32[M], global rows from 0 to B - 1, in any order and as often as one likes.
-      how: "ring" (every device receives (n - 1) B / n rows, n the devices) or "ragged" (M / n rows, and an error of the
-        compiler where there is no such operation).
+      how: "ring" (every device receives (n - 1) B / n rows, n the devices), "ragged" (M / n rows, and an error of the
+        compiler where there is no such operation) or "gather" (as much as "ring", and has all of them at once).
 
     Returns:
       [M, ...].
@@ -60,7 +61,7 @@ def exchange_bytes(how: str, rows: int, chosen: int, shards: int, row_bytes: int
         raise ValueError(f"{rows} rows, {chosen} of them chosen, do not divide over {shards} devices")
     if shards == 1:
         return 0
-    return row_bytes * ((shards - 1) * rows // shards if how == "ring" else chosen // shards)
+    return row_bytes * (chosen // shards if how == "ragged" else (shards - 1) * rows // shards)
 
 
 def _check(how: str) -> None:
@@ -71,7 +72,7 @@ def _check(how: str) -> None:
 # The derivative is our own: the one jax has for ragged_all_to_all overwrites where a row was taken more than once.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _take(rows: Rows, how: str, batch: int, x: jax.Array, index: jax.Array) -> jax.Array:
-    device = functools.partial({"ring": _ring, "ragged": _ragged}[how], rows)
+    device = functools.partial({"ring": _ring, "ragged": _ragged, "gather": _gather}[how], rows)
     return rows.map(device, (rows.spec, rows.spec), rows.spec)(x, index)
 
 
@@ -108,6 +109,10 @@ def _ring(rows: Rows, x: jax.Array, index: jax.Array) -> jax.Array:
     taken = pick(x, jnp.zeros((len(index), *x.shape[1:]), x.dtype), 0)
     (_, taken), _ = jax.lax.scan(step, (x, taken), jnp.arange(1, devices))
     return taken
+
+
+def _gather(rows: Rows, x: jax.Array, index: jax.Array) -> jax.Array:
+    return rows.gather(x)[index]
 
 
 def _ragged(rows: Rows, x: jax.Array, index: jax.Array) -> jax.Array:

@@ -29,6 +29,9 @@ from blip2_jax.parallel.rows import rows_of
 
 Metrics = dict[str, jax.Array]
 
+# ITM's true pair, the caption with a wrong image, the image with a wrong caption.
+_TRIPLE = (1, 0, 0)
+
 # Each pass has dropout of its own.
 _IMAGE_PASS, _TEXT_PASS, _MATCH_PASS, _CAPTION_PASS = range(4)
 
@@ -48,11 +51,11 @@ class Reading(NamedTuple):
 
 
 class RowTerms(NamedTuple):
-    """Sums over rows, float32[] each; what ITM judges rightly is weighted as its loss is."""
+    """Sums over rows, float32[] each."""
 
     itm: jax.Array
-    itm_right_positive: jax.Array
-    itm_right_negative: jax.Array
+    itm_accuracy_positive: jax.Array
+    itm_accuracy_negative: jax.Array
     itg: jax.Array
     diversity: jax.Array
     query_cosine: jax.Array
@@ -212,7 +215,8 @@ class Stage1Loss:
         if not _left_out(self.itm):
             pick = lambda x: _every(x, self.itm_every)
             valid = pick(negatives.valid)
-            counted = jnp.stack([pick(real), valid, valid], axis=1).astype(jnp.float32)
+            labels = jnp.broadcast_to(jnp.array(_TRIPLE), (len(valid), 3))
+            counted = jnp.stack([pick(real), valid, valid], axis=1)
             wrong_text = pick(negatives.text)
             wrong_embeds = exchange.take_rows(image_embeds, pick(negatives.image), self.exchange)
             match = {
@@ -221,7 +225,8 @@ class Stage1Loss:
                 "own_mask": pick(batch["text_mask"]),
                 "wrong_ids": exchange.take_rows(batch["text_ids"], wrong_text, "gather"),
                 "wrong_mask": exchange.take_rows(batch["text_mask"], wrong_text, "gather"),
-                "weights": counted / jnp.maximum(counted.sum(), 1.0),
+                "labels": labels,
+                "weights": matching.matching_weights(labels, counted),
             }
         if not _left_out(self.itg):
             pick = lambda x: _every(x, self.itg_every)
@@ -254,8 +259,8 @@ class Stage1Loss:
         of_image = judge(image, *texts, rows=numbers).reshape(-1, 2, 2)
         of_wrong = judge(wrong_image, work["own_ids"], work["own_mask"], rows=3 * work["row"] + 1)
         logits = jnp.stack([of_image[:, 0], of_wrong, of_image[:, 1]], axis=1)
-        labels = jnp.broadcast_to(jnp.array([1, 0, 0]), logits.shape[:2])
-        return matching.matching_loss(logits, labels, work["weights"])
+        labels, weights = jax.tree.map(jnp.ravel, (work["labels"], work["weights"]))
+        return matching.matching_loss(logits.reshape(-1, 2), labels, weights)
 
     def _generate(self, trainable, cache: QFormerCache, work: Batch, key: jax.Array) -> jax.Array:
         """Sum of the weighted losses of captions behind the cached queries, [DEC] in the place of [CLS]."""
@@ -273,11 +278,10 @@ class Stage1Loss:
         if not _left_out(self.itc):
             metrics["loss_itc"] = itc
         if not _left_out(self.itm):
-            share = work.match["weights"].sum(0)
             metrics |= {
                 "loss_itm": terms.itm,
-                "itm_accuracy_positive": terms.itm_right_positive / jnp.maximum(share[0], 1e-12),
-                "itm_accuracy_negative": terms.itm_right_negative / jnp.maximum(share[1:].sum(), 1e-12),
+                "itm_accuracy_positive": terms.itm_accuracy_positive,
+                "itm_accuracy_negative": terms.itm_accuracy_negative,
                 "itm_rows_without_negative": batch["example_mask"].sum() - negatives.valid.sum(),
             }
         if not _left_out(self.itg):

@@ -180,8 +180,8 @@ def test_next_token_targets():
 def test_query_diversity(rng):
     alike = jnp.ones((3, 4, 8))
     apart = jnp.tile(jnp.eye(4, 8)[None], (3, 1, 1))
-    everyone = jnp.ones(3, bool)
+    everyone = jnp.full(3, 1 / 3)
     np.testing.assert_allclose(diversity.query_diversity(alike, everyone), (1.0, 1.0), rtol=1e-6)
     np.testing.assert_allclose(diversity.query_diversity(apart, everyone), (0.0, 0.0), atol=1e-7)
     mixed = jnp.concatenate([alike[:1], apart[:2]])
-    np.testing.assert_allclose(diversity.query_diversity(mixed, jnp.array([True, False, False])), (1.0, 1.0), rtol=1e-6)
+    np.testing.assert_allclose(diversity.query_diversity(mixed, jnp.array([1.0, 0, 0])), (1.0, 1.0), rtol=1e-6)

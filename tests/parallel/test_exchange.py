@@ -128,7 +128,7 @@ def test_bytes():
 
 
 def test_an_unknown_way_is_an_error():
-    with pytest.raises(ValueError, match="exchange 'bus': expected one of ring, ragged"):
+    with pytest.raises(ValueError, match="exchange 'bus': expected one of ring, ragged, gather"):
         exchange.take_rows(jnp.zeros((4, 2)), jnp.zeros(4, jnp.int32), "bus")
     with pytest.raises(ValueError, match="exchange 'bus'"):
         exchange.exchange_bytes("bus", 8, 8, 2, 1)

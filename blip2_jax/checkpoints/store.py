@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint.experimental.v1 as ocp
 
-from blip2_jax import params
+from blip2_jax import compat, params
 
 
 @dataclasses.dataclass
@@ -146,7 +146,16 @@ def find_checkpoint(path: str | pathlib.Path) -> pathlib.Path:
 # Settings that came later than the first checkpoints, and what these did before there was a choice; by task.
 _LATER = {
     "stage1": {"model/ln_vision_epsilon": 1e-5},
-    "stage2": {"model/ln_vision_epsilon": 1e-5, "data/bos": "", "instruct": False, "llm_activation": ""},
+    "stage2": {
+        "model/ln_vision_epsilon": 1e-5,
+        "data/bos": "",
+        "data/split_captions": False,
+        "instruct": False,
+        "llm_activation": "",
+        "llm_remat": False,
+        "pieces": 1,
+        **params.flatten({"compat": compat.block().to_dict()}),
+    },
 }
 
 

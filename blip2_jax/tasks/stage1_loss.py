@@ -11,7 +11,6 @@ Everything but ITC and the choice of the wrong ones is a sum over rows, which is
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -26,6 +25,7 @@ from blip2_jax.models.qformer import QFormerCache
 from blip2_jax.objectives import contrastive, diversity, language_modeling, matching
 from blip2_jax.parallel import exchange
 from blip2_jax.parallel.rows import rows_of
+from blip2_jax.tasks.encoding import Encode, image_embeds
 
 Metrics = dict[str, jax.Array]
 
@@ -99,7 +99,7 @@ class Stage1Loss:
     """
 
     model: ImageTextModel
-    encode: Callable[[params.Tree, jax.Array], jax.Array]
+    encode: Encode
     decoder_start: int
     itc: float = 1.0
     itm: float = 1.0
@@ -137,23 +137,15 @@ class Stage1Loss:
     def loss(self, trainable, frozen, batch: Batch, key: jax.Array, negatives=None) -> tuple[jax.Array, Metrics]:
         """Loss float32[] and metrics of a batch in one piece."""
         batch = _numbered(batch)
-        image_embeds = self._embeds(trainable, frozen, batch)
-        read = self._read(trainable, image_embeds, batch, key)
+        embeds = image_embeds(self.encode, trainable, frozen, batch)
+        read = self._read(trainable, embeds, batch, key)
         features = read.seen.features, read.text_features
         itc = self._compare(*features, trainable["temperature"], batch)
         negatives = negatives or self._draw(*features, trainable["temperature"], batch, key)
-        work = self._work(image_embeds, batch, negatives)
+        work = self._work(embeds, batch, negatives)
         return self._total(itc, self._row_terms(trainable, read, work, key), trainable, work, batch, negatives)
 
     # What images and captions are by themselves.
-
-    def _embeds(self, trainable, frozen, batch: Batch) -> jax.Array:
-        """float[B, P, D] raw from the encoder, or as the batch has them; with gradient if the encoder is trained."""
-        if "image_embeds" in batch:
-            return batch["image_embeds"]
-        if "vision" in trainable:
-            return self.encode(trainable["vision"], batch["image"])
-        return jax.lax.stop_gradient(self.encode(frozen["vision"], batch["image"]))
 
     def _apply(self, trainable, method: str, number: int, key: jax.Array, *inputs: Any, rows: jax.Array) -> Any:
         """A pass of the model, with dropout by the numbers of its rows if the model has any."""
@@ -164,13 +156,13 @@ class Stage1Loss:
         rngs = {"dropout": jax.random.fold_in(_dropout_key(key), number)}
         return self.model.apply({"params": own}, *inputs, method=method, dropout_rows=rows, rngs=rngs)
 
-    def _project(self, trainable, image_embeds: jax.Array) -> KeyValue:
+    def _project(self, trainable, embeds: jax.Array) -> KeyValue:
         own = {name: tree for name, tree in trainable.items() if name != "vision"}
-        return self.model.apply({"params": own}, image_embeds, method="project_image")
+        return self.model.apply({"params": own}, embeds, method="project_image")
 
-    def _read(self, trainable, image_embeds: jax.Array, batch: Batch, key: jax.Array) -> Reading:
+    def _read(self, trainable, embeds: jax.Array, batch: Batch, key: jax.Array) -> Reading:
         rows = batch["row"]
-        image = self._project(trainable, image_embeds)
+        image = self._project(trainable, embeds)
         seen = self._apply(trainable, "image_features", _IMAGE_PASS, key, image, rows=rows)
         text = batch["text_ids"], batch["text_mask"]
         return Reading(image, seen, self._apply(trainable, "text_features", _TEXT_PASS, key, *text, rows=rows))
@@ -207,9 +199,9 @@ class Stage1Loss:
             block=self.block,
         )
 
-    def _work(self, image_embeds: jax.Array, batch: Batch, negatives: matching.HardNegatives | None) -> Work:
+    def _work(self, embeds: jax.Array, batch: Batch, negatives: matching.HardNegatives | None) -> Work:
         """What the rows of the batch have to do, with the weight that each has in the whole batch."""
-        shards, real = rows_of(len(image_embeds)).shards, batch["example_mask"]
+        shards, real = rows_of(len(embeds)).shards, batch["example_mask"]
         weights = real / jnp.maximum(real.sum(), 1)
         wrong_embeds = match = generate = None
         if not _left_out(self.itm):
@@ -218,7 +210,7 @@ class Stage1Loss:
             labels = jnp.broadcast_to(jnp.array(_TRIPLE), (len(valid), 3))
             counted = jnp.stack([pick(real), valid, valid], axis=1)
             wrong_text = pick(negatives.text)
-            wrong_embeds = exchange.take_rows(image_embeds, pick(negatives.image), self.exchange)
+            wrong_embeds = exchange.take_rows(embeds, pick(negatives.image), self.exchange)
             match = {
                 "row": pick(batch["row"]),
                 "own_ids": pick(batch["text_ids"]),
@@ -300,7 +292,7 @@ class Stage1Loss:
         rows = rows_of(len(batch["row"]))
         cut = lambda tree: jax.tree.map(lambda x: rows_of(len(x)).pieces(x, self.pieces), tree)
         pieces = cut(batch)
-        embeds = jax.lax.map(lambda piece: self._embeds(trainable, frozen, piece), pieces)
+        embeds = jax.lax.map(lambda piece: image_embeds(self.encode, trainable, frozen, piece), pieces)
 
         def features(inputs):
             read = self._read(trainable, *inputs, key)
@@ -313,9 +305,9 @@ class Stage1Loss:
         whole_embeds = rows.whole(embeds)
         work = self._work(whole_embeds, batch, negatives)
 
-        def piece_loss(trainable, image_embeds, wrong_embeds, work, piece, pulls):
+        def piece_loss(trainable, embeds, wrong_embeds, work, piece, pulls):
             work = work._replace(wrong_embeds=wrong_embeds)
-            read = self._read(trainable, image_embeds, piece, key)
+            read = self._read(trainable, embeds, piece, key)
             terms = self._row_terms(trainable, read, work, key)
             pulled = jnp.vdot(read.seen.features, pulls[0]) + jnp.vdot(read.text_features, pulls[1])
             loss = self.itm * terms.itm + self.itg * terms.itg + self.diversity * terms.diversity

@@ -3,8 +3,8 @@
 python -m tests.benchmarks.objectives_memory [--time] [--picture FILE.png]
 
 On 8 fake devices, at 32 queries and a projection to 256: temporary bytes a device, by the compiler's own account, in
-blocks of 512 captions and, for contrast, in one block of everything. With --time also seconds up to a batch of 4,096, of
-the objectives alone and behind a toy Q-Former with its own gradient; the fake devices share this machine's cores.
+blocks of 512 captions and, for contrast, in one block of everything. With --time also seconds up to a batch of 4,096,
+of the objectives alone and behind a toy Q-Former with its own gradient; the fake devices share this machine's cores.
 """
 
 from __future__ import annotations

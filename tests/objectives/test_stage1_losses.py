@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from blip2_jax.objectives import contrastive, diversity, language_modeling, matching
+from blip2_jax.objectives import contrastive, diversity, matching
 from tests.objectives import naive
 
 
@@ -109,72 +109,6 @@ def test_the_constant_answer_has_the_loss_of_the_plateau():
     labels = jnp.array([1] * 10 + [0] * 20)
     weights = matching.matching_weights(labels, jnp.ones(30, bool))
     np.testing.assert_allclose(matching.matching_loss(logits, labels, weights).loss, 0.6365, atol=1e-4)
-
-
-@pytest.mark.parametrize("smoothing", [0.0, 0.1])
-@pytest.mark.parametrize("frozen_head", [False, True])
-def test_language_modeling_loss_and_gradients_are_the_formula(rng, smoothing, frozen_head):
-    batch, length, width, vocabulary = 7, 60, 16, 50
-    features = jnp.array(rng.normal(size=(batch, length, width)), jnp.float32)
-    matrix, bias = (
-        jnp.array(rng.normal(size=(vocabulary, width)), jnp.float32),
-        jnp.array(rng.normal(size=vocabulary), jnp.float32),
-    )
-    targets, mask = (
-        jnp.array(rng.integers(0, vocabulary, (batch, length))),
-        jnp.array(rng.random((batch, length)) < 0.4),
-    )
-
-    def ours(features, matrix, bias):
-        loss, tokens = language_modeling.language_modeling_loss(
-            features, matrix, bias, targets, mask, label_smoothing=smoothing, frozen_head=frozen_head
-        )
-        return loss / tokens
-
-    def formula(features, matrix, bias):
-        log_probability = jax.nn.log_softmax(features @ matrix.T + bias[None, None])
-        picked = jnp.take_along_axis(log_probability, targets[..., None], -1)[..., 0]
-        loss = -(1 - smoothing) * picked - smoothing * log_probability.mean(-1)
-        return (loss * mask).sum() / mask.sum()
-
-    value, gradients = jax.jit(jax.value_and_grad(ours, (0, 1, 2)))(features, matrix, bias)
-    expected, expected_gradients = jax.value_and_grad(formula, (0, 1, 2))(features, matrix, bias)
-    np.testing.assert_allclose(value, expected, rtol=1e-5)
-    np.testing.assert_allclose(gradients[0], expected_gradients[0], atol=1e-6)
-    if frozen_head:
-        assert not gradients[1].any()
-        assert not gradients[2].any()
-    else:
-        np.testing.assert_allclose(gradients[1], expected_gradients[1], atol=1e-6)
-        np.testing.assert_allclose(gradients[2], expected_gradients[2], atol=1e-6)
-
-
-def test_language_modeling_loss_of_nothing_is_zero():
-    loss, tokens = language_modeling.language_modeling_loss(
-        jnp.ones((2, 3, 4)), jnp.ones((5, 4)), None, jnp.zeros((2, 3), int), jnp.zeros((2, 3), bool)
-    )
-    assert (loss, tokens) == (0, 0)
-
-
-def test_token_losses_add_up_to_the_loss(rng):
-    features, matrix = (
-        jnp.array(rng.normal(size=(300, 8)), jnp.float32),
-        jnp.array(rng.normal(size=(20, 8)), jnp.float32),
-    )
-    targets, weights = jnp.array(rng.integers(0, 20, 300)), jnp.array(rng.random(300) < 0.5, jnp.float32)
-    losses = language_modeling.token_losses(features, matrix, None, targets, weights)
-    chex.assert_shape(losses, (300,))
-    total, count = language_modeling.language_modeling_loss(features, matrix, None, targets, weights > 0)
-    np.testing.assert_allclose(losses.sum(), total, rtol=1e-5)
-    assert count == weights.sum()
-    assert not losses[np.asarray(weights) == 0].any()
-
-
-def test_next_token_targets():
-    ids = jnp.array([[7, 1, 2, 3, 0]])
-    targets, mask = language_modeling.next_token_targets(ids, jnp.array([[True, True, True, True, False]]))
-    assert targets.tolist() == [[1, 2, 3, 0, 0]]
-    assert mask.tolist() == [[True, True, True, False, False]]
 
 
 def test_query_diversity(rng):

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from blip2_jax.parallel import mesh as meshes
-from tests.parity import forward_stage1, forward_stage2, stage1
+from tests.parity import forward_stage1, forward_stage2, stage1, stage2
 from tests.parity.golden import Case
 
 _GENERATION = {
@@ -49,6 +49,8 @@ def gradients(case: Case):
     """The function that computes a case's gradients, or None."""
     if case.program == "hf":
         return forward_stage2.whole_gradients
+    if case.name in stage2.CASES:
+        return stage2.gradients
     return stage1.gradients if case.name.startswith("stage1_") else None
 
 
@@ -57,7 +59,7 @@ _BUILT = {"forward": forward, "gradients": gradients}
 
 def tolerance(case: Case, group: str, quantity: str, recorded: np.ndarray) -> np.ndarray:
     """Allowed error of every element of a recorded tensor."""
-    if group == "gradients":
+    if group == "gradients" and not quantity.partition(" ")[0].endswith("loss"):
         # The recorded gradients of T5 are themselves up to 3.6e-4 from float64 (tests/parity/noise.py), where ours are
         # compared, and those of other models below 1e-5: there an element may err by 1e-4 of the largest of its tensor.
         size = np.abs(recorded)

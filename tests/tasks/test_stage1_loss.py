@@ -15,6 +15,7 @@ from blip2_jax.models.qformer import QFormerConfig
 from blip2_jax.objectives.matching import HardNegatives
 from blip2_jax.parallel import mesh as meshes
 from blip2_jax.parallel import sharding
+from blip2_jax.tasks.encoding import image_embeds
 from blip2_jax.tasks.stage1_loss import Stage1Loss
 from tests.meshes import MESHES, surrounding
 
@@ -173,7 +174,7 @@ def test_the_original_means_tokens_by_rank(trees, batch):
 def draw(trainable, frozen, batch, key) -> HardNegatives:
     """The negatives of a step, which the loss keeps to itself."""
     numbered = batch | {"row": jnp.arange(ROWS, dtype=jnp.uint32)}
-    read = LOSS._read(trainable, LOSS._embeds(trainable, frozen, batch), numbered, key)
+    read = LOSS._read(trainable, image_embeds(encode, trainable, frozen, batch), numbered, key)
     return LOSS._draw(read.seen.features, read.text_features, trainable["temperature"], batch, key)
 
 

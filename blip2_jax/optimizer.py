@@ -39,9 +39,7 @@ def check(config: ml_collections.ConfigDict, total_steps: int, by_epoch: bool = 
     rate = f"a rate from 0 to optimizer.learning_rate = {config.learning_rate}"
     require("warmup_rate", rate, 0 <= config.warmup_rate <= config.learning_rate)
     if by_epoch:
-        require(
-            "steps_per_epoch", "the steps of an epoch, which compat.epoch_schedule needs", config.steps_per_epoch > 0
-        )
+        require("steps_per_epoch", "above 0, which compat.epoch_schedule needs", config.steps_per_epoch > 0)
     else:
         require("steps_per_epoch", "0, since only compat.epoch_schedule has epochs", config.steps_per_epoch == 0)
         warmup = _warmup_steps(config, total_steps)
@@ -68,9 +66,7 @@ def schedule(config: ml_collections.ConfigDict, total_steps: int, by_epoch: bool
     check(config, total_steps, by_epoch)
     warmup, start = _warmup_steps(config, total_steps), config.warmup_rate / config.learning_rate
     if not by_epoch:
-        return optax.warmup_cosine_decay_schedule(
-            start if warmup else 1.0, 1.0, warmup, total_steps, config.final_share
-        )
+        return optax.warmup_cosine_decay_schedule(start, 1.0, warmup, total_steps, config.final_share)
     epochs = math.ceil(total_steps / config.steps_per_epoch)
 
     def factor(count: Any) -> jax.Array:
@@ -142,7 +138,7 @@ def create(
 
     Args:
       config: learning_rate, warmup (a share of the run below 1, else steps), warmup_rate (where it starts),
-        final_share, steps_per_epoch, beta1, beta2, epsilon, weight_decay, clip_norm (of all gradients together; 0: none).
+        final_share, steps_per_epoch, beta1, beta2, epsilon, weight_decay, clip_norm (of all gradients; 0: none).
       total_steps: length of the run.
       decays: bool at every trainable leaf.
       rates: multiplier of the learning rate, and so of the decay, at every trainable leaf: a number, or an array that

@@ -33,7 +33,8 @@ class MetricsWriter:
 
     def write(self, step: int, values: dict[str, Any]) -> None:
         """Append a row; everything about a step must be in one call. JSON has no NaN and no infinity: they are null."""
-        row = {"step": step} | {name: value if math.isfinite(value) else None for name, value in values.items()}
+        lost = lambda value: isinstance(value, float) and not math.isfinite(value)
+        row = {"step": step} | {name: None if lost(value) else value for name, value in values.items()}
         self._stream.write(json.dumps(row, allow_nan=False) + "\n")
         self._stream.flush()
         scalars = [

@@ -47,24 +47,19 @@ def make_mesh(text: str, devices: Sequence[jax.Device] | None = None) -> Mesh:
       ValueError: the mesh does not fit the devices, or `data` does not divide by the slices.
     """
     devices = jax.devices() if devices is None else devices
-    sizes, types = parse_mesh(text, len(devices)), (AxisType.Auto,) * 3
-    slices = count_slices(devices)
-    if slices == 1:
-        return jax.make_mesh(sizes, AXES, types, devices=devices)
+    sizes, slices = parse_mesh(text, len(devices)), count_slices(devices)
     if sizes[0] % slices:
         raise ValueError(
             f"mesh {text!r}: data = {sizes[0]} does not divide by the {slices} slices of {len(devices) // slices} "
             f"chips each: make it a multiple of {slices}, so that fsdp and tensor stay within a slice"
         )
-    inner = (sizes[0] // slices, *sizes[1:])
-    ordered = mesh_utils.create_hybrid_device_mesh(
-        inner,
-        (slices, 1, 1),
-        devices,
-        # As jax.make_mesh: these chips have a network of two dimensions for three axes.
-        allow_split_physical_axes=devices[0].device_kind in ("TPU v5 lite", "TPU v5e"),
-    )
-    return Mesh(ordered, AXES, axis_types=types)
+    # Where no product of a chip network's axes makes an axis of ours, one of them may be divided.
+    options = {"devices": devices, "allow_split_physical_axes": True}
+    if slices == 1:
+        placed = mesh_utils.create_device_mesh(sizes, **options)
+    else:
+        placed = mesh_utils.create_hybrid_device_mesh((sizes[0] // slices, *sizes[1:]), (slices, 1, 1), **options)
+    return Mesh(placed, AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def count_slices(devices: Sequence[jax.Device]) -> int:

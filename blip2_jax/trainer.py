@@ -81,6 +81,11 @@ class Run:
         for name in ("total_steps", "max_skipped_in_a_row"):
             if not config[name] > 0:
                 raise ValueError(f"{name} must be above 0, found {config[name]}")
+        if jax.process_count() > 1 and (config.data.eval or config.data.feature_views):
+            raise ValueError(
+                f"{jax.process_count()} processes train, but evaluate and compute image tokens before training only "
+                "alone: set data.eval='' and data.feature_views=0, and evaluate the workdir with one process"
+            )
         self.compat = compat.resolve(config.get("compat", compat.block()))
         self.schedule = optimizer.schedule(config.optimizer, config.total_steps, self.compat.epoch_schedule)
 

@@ -34,8 +34,11 @@ class InfiniteSlope(Regression):
         return loss + jnp.sqrt((bias - jax.lax.stop_gradient(bias)) + jnp.mean(batch["poison"])), metrics
 
 
-TRAINABLE = {"vision_proj": {"kernel": jnp.arange(32.0).reshape(8, 4) / 32, "bias": jnp.ones(4)}}
-FROZEN = {"after": jnp.eye(4, 2)}
+# Of numpy, since processes find each other before jax computes anything.
+TRAINABLE = {
+    "vision_proj": {"kernel": np.arange(32, dtype=np.float32).reshape(8, 4) / 32, "bias": np.ones(4, np.float32)}
+}
+FROZEN = {"after": np.eye(4, 2, dtype=np.float32)}
 
 
 def transformation():
@@ -148,34 +151,31 @@ def test_the_gradient_norm_is_that_before_clipping():
 # Checkpoints.
 
 
-@pytest.fixture
-def data():
+class Position:
     """As much of an iterator as a checkpoint asks for."""
 
-    class Position:
-        number = 0
+    number = 0
 
-        async def save(self, directory):
-            async def write():
-                (await directory.await_creation() / "number").write_text(str(self.number))
+    async def save(self, directory):
+        async def write():
+            path = await directory.await_creation()
+            (path / f"number-{jax.process_index()}").write_text(str(self.number))
 
-            return write()
+        return write()
 
-        async def load(self, directory):
-            async def read():
-                self.number = int((directory / "number").read_text())
+    async def load(self, directory):
+        async def read():
+            self.number = int((directory / f"number-{jax.process_index()}").read_text())
 
-            return read()
-
-    return Position()
+        return read()
 
 
-def test_a_checkpoint_brings_everything_back_to_its_place(tmp_path, data):
+def test_a_checkpoint_brings_everything_back_to_its_place(tmp_path):
     mesh, state, places, step = start()
     with jax.set_mesh(mesh):
         for poison in (1.0, np.nan):
             state, _ = step(state, FROZEN, batch(0, poison))
-    store = Store(tmp_path / "checkpoints")
+    store, data = Store(tmp_path / "checkpoints"), Position()
     store.save(state, data, {}, {})
     _, fresh, _, _ = start()
     restored = store.restore(fresh, data)
@@ -185,11 +185,11 @@ def test_a_checkpoint_brings_everything_back_to_its_place(tmp_path, data):
     assert all(jax.tree.leaves(jax.tree.map(lambda leaf, place: leaf.sharding == place, restored, places)))
 
 
-def test_a_checkpoint_from_before_steps_were_counted_is_read(tmp_path, data, monkeypatch):
+def test_a_checkpoint_from_before_steps_were_counted_is_read(tmp_path, monkeypatch):
     mesh, state, _, step = start()
     with jax.set_mesh(mesh):
         state, _ = step(state, FROZEN, batch(0))
-    store = Store(tmp_path / "checkpoints")
+    store, data = Store(tmp_path / "checkpoints"), Position()
     save = store._checkpointer.save_checkpointables
 
     def as_before(number, parts, **options):

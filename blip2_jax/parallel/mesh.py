@@ -103,8 +103,8 @@ def check_batch_size(batch_size: int, mesh: Mesh, multiple: int = 1) -> None:
         raise ValueError(f"batch_size {batch_size} does not divide over data x fsdp = {shards} devices")
     if multiple < 1 or batch_size % (multiple * shards):
         raise ValueError(
-            f"batch_size {batch_size} gives each of data x fsdp = {shards} devices {batch_size // shards} rows: expected a "
-            f"multiple of {multiple}, for pieces of one size and, in stage 1, for every n-th row in ITM and ITG"
+            f"batch_size {batch_size} gives each of data x fsdp = {shards} devices {batch_size // shards} rows: "
+            f"expected a multiple of {multiple}, for pieces of one size and, in stage 1, for every n-th row in ITM and ITG"
         )
 
 

@@ -104,7 +104,7 @@ def check_batch_size(batch_size: int, mesh: Mesh, multiple: int = 1) -> None:
     if multiple < 1 or batch_size % (multiple * shards):
         raise ValueError(
             f"batch_size {batch_size} gives each of data x fsdp = {shards} devices {batch_size // shards} rows: "
-            f"expected a multiple of {multiple}, for pieces of one size and, in stage 1, for every n-th row in ITM and ITG"
+            f"expected a multiple of {multiple}, for pieces of one size and, in stage 1, every n-th row in ITM and ITG"
         )
 
 

@@ -315,12 +315,17 @@ def place_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array
 
 
 def run(function: Callable, trees: Any, batch: dict[str, np.ndarray], mesh: Mesh | None) -> Any:
-    """function(trees, batch) under jit, as numpy arrays; on a mesh parameters and batch are spread over it."""
+    """function(trees, batch) under jit, as numpy arrays; on a mesh parameters and batch are spread over it.
+
+    A tree called "weights" is one of scalars, not of parameters.
+    """
     as_asked = lambda x: x.astype(jnp.float32) if np.issubdtype(x.dtype, np.floating) else x
     trees, batch = jax.tree.map(as_asked, (trees, batch))
     if mesh is None:
         return jax.tree.map(np.asarray, jax.jit(function)(trees, batch))
-    places = {name: sharding.shardings(tree, mesh) for name, tree in trees.items()}
+    scalars = [(".*", ())]
+    tables = {name: scalars if name == "weights" else sharding.PARAMETERS for name in trees}
+    places = {name: sharding.shardings(tree, mesh, tables[name]) for name, tree in trees.items()}
     trees = jax.tree.map(sharding.put, trees, places)
     with jax.set_mesh(mesh):
         # Whole everywhere, so that each of several processes can read it.

@@ -38,7 +38,7 @@ QUIET = dataclasses.replace(QFORMER, dropout=0.0, attention_dropout=0.0)
 
 def encode(parameters, image):
     """A stand-in for an encoder: one matrix."""
-    return jnp.tanh(image @ parameters["kernel"])
+    return jnp.tanh(image @ parameters["patch_embedding"]["kernel"])
 
 
 def loss_of(qformer: QFormerConfig, **changes) -> Stage1Loss:
@@ -82,20 +82,26 @@ def trees(batch):
     inputs = batch["image"], batch["text_ids"], batch["text_mask"]
     model = LOSS.model.init(jax.random.key(1), *inputs, method=every_pass)["params"]
     louder = lambda x: 4 * x if x.ndim > 1 else x
-    vision = {"kernel": jax.random.normal(jax.random.key(2), (WIDTH, WIDTH))}
+    vision = {"patch_embedding": {"kernel": jax.random.normal(jax.random.key(2), (WIDTH, WIDTH))}}
     return jax.tree.map(louder, model), {"vision": vision}
 
 
-def evaluate(loss, trees, batch, key=0, negatives=None, mesh=""):
+def placed(trees, batch, mesh):
+    """Parameters by the table and rows over the surrounding mesh; everything as it is without one."""
+    if not mesh:
+        return trees, batch, None
+    concrete = jax.sharding.get_mesh()
+    trees = tuple(jax.tree.map(sharding.put, tree, sharding.shardings(tree, concrete)) for tree in trees)
+    batch = {name: sharding.put(array, meshes.batch_sharding(concrete)) for name, array in batch.items()}
+    return trees, batch, meshes.replicated(concrete)  # What comes back is whole in each of several processes.
+
+
+def evaluate(loss, trees, batch, seed=0, mesh=""):
     """((loss, metrics), gradients) as numpy arrays, on a mesh."""
     with surrounding(mesh):
-        if mesh:
-            concrete = jax.sharding.get_mesh()
-            place = lambda tree: jax.device_put(tree, sharding.shardings(tree, concrete))
-            trees = tuple(place(tree) for tree in trees)
-            batch = jax.device_put(batch, meshes.batch_sharding(concrete))
-        function = jax.jit(loss.value_and_gradients)
-        return jax.device_get(function(*trees, batch, jax.random.key(key), negatives))
+        trees, batch, whole = placed(trees, batch, mesh)
+        compute = lambda *inputs: loss.value_and_gradients(*inputs, jax.random.key(seed))
+        return jax.device_get(jax.jit(compute, out_shardings=whole)(*trees, batch))
 
 
 def same(found, expected, rtol=2e-4, atol=2e-5):
@@ -147,12 +153,12 @@ def test_an_encoder_that_is_trained_gets_its_gradient(trees, batch, case):
     mesh, pieces = case
     unfrozen = trees[0] | trees[1], {}
     expected = evaluate(loss_of(QUIET), unfrozen, batch)
-    assert np.abs(expected[1]["vision"]["kernel"]).max() > 1e-3
+    assert np.abs(expected[1]["vision"]["patch_embedding"]["kernel"]).max() > 1e-3
     same(evaluate(loss_of(QUIET, pieces=pieces), unfrozen, batch, mesh=mesh), expected)
 
 
 def test_dropout_is_there_and_hangs_on_the_key_alone(trees, batch, on_one_device):
-    assert abs(evaluate(LOSS, trees, batch, key=1)[0][0] - on_one_device[0][0]) > 1e-3
+    assert abs(evaluate(LOSS, trees, batch, seed=1)[0][0] - on_one_device[0][0]) > 1e-3
     (again, _), _ = evaluate(LOSS, trees, batch)
     assert again == on_one_device[0][0]
 
@@ -204,24 +210,21 @@ def train(trees, batch, mesh: str, recorded: list[HardNegatives] | None, steps: 
     """Losses of some steps of AdamW, and the negatives of each."""
     transformation = optax.adamw(1e-3)
 
-    @jax.jit
-    def step(trainable, optimizer, frozen, batch, key, negatives):
+    def step(trainable, optimizer, frozen, batch, number, negatives):
+        key = jax.random.key(number)
         drawn = negatives or draw(trainable, frozen, batch, key)
         (loss, _), gradients = LOSS.value_and_gradients(trainable, frozen, batch, key, drawn)
         updates, optimizer = transformation.update(gradients, optimizer, trainable)
         return optax.apply_updates(trainable, updates), optimizer, loss, drawn
 
-    trainable, frozen = trees
-    optimizer = transformation.init(trainable)
     losses, negatives = [], []
     with surrounding(mesh):
-        if mesh:
-            concrete = jax.sharding.get_mesh()
-            trainable, optimizer = jax.device_put((trainable, optimizer), meshes.replicated(concrete))
-            batch = jax.device_put(batch, meshes.batch_sharding(concrete))
+        (trainable, frozen), batch, whole = placed(trees, batch, mesh)
+        step = jax.jit(step, out_shardings=whole)
+        optimizer = jax.jit(transformation.init, out_shardings=whole)(trainable)
         for number in range(steps):
             known = recorded[number] if recorded else None
-            trainable, optimizer, loss, drawn = step(trainable, optimizer, frozen, batch, jax.random.key(number), known)
+            trainable, optimizer, loss, drawn = step(trainable, optimizer, frozen, batch, np.int32(number), known)
             losses.append(float(loss))
             negatives.append(jax.device_get(drawn))
     return losses, negatives

@@ -22,6 +22,7 @@ from blip2_jax.models.blip2 import SoftPromptModel
 from blip2_jax.models.language.t5 import T5
 from blip2_jax.monitoring.progress import progress
 from blip2_jax.tasks.common import Metrics, Task
+from blip2_jax.tasks.encoding import image_embeds
 from blip2_jax.tasks.stage2_loss import Stage2Loss, Texts
 
 
@@ -55,7 +56,7 @@ class Stage2(Task):
         return Stage2Loss(
             self.model,
             self.language_model,
-            self.image_embeds,
+            lambda frozen, batch: image_embeds(self.encoder.encode, {}, frozen, batch),
             tuple(self.tokenizer.begin) if self.config.data.begin else (),
             0 if self.reads_apart else self._lengths()[2],
             self.config.pieces,

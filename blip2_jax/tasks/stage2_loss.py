@@ -103,8 +103,7 @@ class Stage2Loss:
         """
         instruction = [batch[name] for name in ("instruction_ids", "instruction_mask") if name in batch]
         rngs = None if rows is None else {"dropout": key}
-        embeds = image_embeds.astype(jnp.float32)
-        return self.model.apply({"params": trainable}, embeds, *instruction, deterministic=rows is None, rngs=rngs)
+        return self.model.apply({"params": trainable}, image_embeds, *instruction, dropout_rows=rows, rngs=rngs)
 
     def prefix(self, model: Decoder | T5, soft_prompt: jax.Array) -> jax.Array:
         """The beginning of a text as the bound language model knows it, then the soft prompt: float[B, N + Q, D]."""

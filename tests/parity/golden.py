@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import math
 import pathlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -27,6 +28,7 @@ from blip2_jax.checkpoints.huggingface import Directory
 from blip2_jax.models.blip2 import Blip2Config, ImageTextModel, SoftPromptModel
 from blip2_jax.models.qformer import QFormerConfig
 from blip2_jax.models.vision.vit import ViT, ViTConfig
+from blip2_jax.parallel import mesh as meshes
 from blip2_jax.parallel import sharding
 
 _ACTIVATIONS = {"gelu_erf": "gelu", "quick_gelu": "quick_gelu"}
@@ -148,6 +150,8 @@ def _blip2_config(case: Case) -> Blip2Config:
                 cross_attention_every=q["cross_attention_frequency"],
                 queries=case.config["num_query_tokens"],
                 norm_epsilon=q["layer_norm_eps"],
+                dropout=0.0,  # The recordings are of eval mode.
+                attention_dropout=0.0,
                 dtype=jnp.float32,
             ),
             embed_width=case.config.get("image_text_hidden_size", 0),
@@ -166,6 +170,8 @@ def _blip2_config(case: Case) -> Blip2Config:
             cross_attention_every=q["cross_attention_every"],
             queries=q["queries"],
             norm_epsilon=q["norm_eps"],
+            dropout=0.0,
+            attention_dropout=0.0,
             dtype=jnp.float32,
         ),
         embed_width=a["stage1"]["embed_dim"],
@@ -284,6 +290,16 @@ def float64():
         yield
 
 
+def row_axes(mesh: Mesh, rows: int) -> tuple[str, ...]:
+    """The longest run of a mesh's axes that divides so many rows; along the others a batch is whole."""
+    axes: tuple[str, ...] = ()
+    for axis in meshes.ROW_AXES:
+        if rows % math.prod(mesh.shape[name] for name in (*axes, axis)):
+            break
+        axes += (axis,)
+    return axes
+
+
 def run(function: Callable, trees: Any, batch: dict[str, np.ndarray], mesh: Mesh | None) -> Any:
     """function(trees, batch) under jit, as numpy arrays; on a mesh parameters and batch are spread over it."""
     as_asked = lambda x: x.astype(jnp.float32) if np.issubdtype(x.dtype, np.floating) else x
@@ -292,14 +308,11 @@ def run(function: Callable, trees: Any, batch: dict[str, np.ndarray], mesh: Mesh
         return jax.tree.map(np.asarray, jax.jit(function)(trees, batch))
     trees = jax.device_put(trees, {name: sharding.shardings(tree, mesh) for name, tree in trees.items()})
     rows = len(next(iter(batch.values())))
-    axes: tuple[str, ...] = ()
-    for axis in mesh.axis_names:
-        if rows % (int(np.prod([mesh.shape[name] for name in axes])) * mesh.shape[axis]):
-            break
-        axes += (axis,)
+    axes = row_axes(mesh, rows)
     print(f"{rows} rows over {axes or 'no axis'}, whole along the others")
-    place = NamedSharding(mesh, PartitionSpec(axes or None))
-    return jax.tree.map(np.asarray, jax.jit(function)(trees, jax.device_put(batch, place)))
+    batch = jax.device_put(batch, NamedSharding(mesh, PartitionSpec(axes or None)))
+    with jax.set_mesh(mesh):
+        return jax.tree.map(np.asarray, jax.jit(function)(trees, batch))
 
 
 def by_layer(transformer: dict[str, Any], pick: Callable) -> list:

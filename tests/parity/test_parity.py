@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from blip2_jax.parallel import mesh as meshes
-from tests.parity import forward_stage1, forward_stage2, stage2
+from tests.parity import forward_stage1, forward_stage2, stage1, stage2
 from tests.parity.golden import Case
 
 _GENERATION = {
@@ -49,7 +49,9 @@ def gradients(case: Case):
     """The function that computes a case's gradients, or None."""
     if case.program == "hf":
         return forward_stage2.whole_gradients
-    return {name: stage2.gradients for name in stage2.CASES}.get(case.name)
+    if case.name in stage2.CASES:
+        return stage2.gradients
+    return stage1.gradients if case.name.startswith("stage1_") else None
 
 
 _BUILT = {"forward": forward, "gradients": gradients}

@@ -17,7 +17,7 @@ from blip2_jax.models.language.t5 import T5, T5Config
 from blip2_jax.models.qformer import QFormerConfig
 from blip2_jax.parallel import mesh as meshes
 from blip2_jax.parallel import sharding
-from blip2_jax.tasks.stage2_loss import Stage2Loss, in_pieces
+from blip2_jax.tasks.stage2_loss import Stage2Loss
 
 BATCH, VOCABULARY, WIDTH = 16, 30, 16
 QFORMER = QFormerConfig(width=16, layers=2, heads=2, mlp_width=24, vocab_size=20, max_positions=8, queries=3)
@@ -31,7 +31,7 @@ BOTH = pytest.mark.parametrize("kind", MODELS)
 def build(kind: str, **changes) -> Stage2Loss:
     model = SoftPromptModel(Blip2Config(QFORMER), WIDTH)
     settings = {"compat": Compat(llm_dropout=True), "begin": (3,)} | changes
-    return Stage2Loss(model, MODELS[kind], lambda frozen, batch: batch["image_embeds"], **settings)
+    return Stage2Loss(model, MODELS[kind], lambda parameters, image: image, **settings)
 
 
 @functools.cache
@@ -120,11 +120,9 @@ def test_rows_that_are_not_there_change_nothing():
     assert run(trainable, frozen, batch, jax.random.key(0)) == run(trainable, frozen, other, jax.random.key(0))
 
 
-def test_pieces_take_every_so_manieth_row():
-    found = in_pieces({"example_mask": np.ones(6, bool), "row": np.arange(6)}, 3)
-    assert found["row"].tolist() == [[0, 3], [1, 4], [2, 5]]
-    with pytest.raises(ValueError, match=r"6 rows does not divide into config\.pieces = 4"):
-        in_pieces({"example_mask": np.ones(6, bool)}, 4)
+def test_a_batch_that_does_not_divide_into_pieces_is_refused():
+    with pytest.raises(ValueError, match="16 rows on 1 devices do not divide into 3 pieces"):
+        build("opt", pieces=3).value_and_gradients(*problem("opt"), jax.random.key(0))
 
 
 def test_the_rows_stay_where_they_are():

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
+from jax.sharding import Mesh
 
 from blip2_jax import params
 from blip2_jax.checkpoints import frozen, mapping
@@ -26,6 +27,8 @@ from blip2_jax.data.text import CaptionTokenizer, clean_caption
 from blip2_jax.evaluation.batches import in_batches
 from blip2_jax.models.blip2 import Blip2Config
 from blip2_jax.models.qformer import QFormer
+from blip2_jax.parallel import mesh as meshes
+from blip2_jax.parallel import sharding
 
 Metrics = dict[str, jax.Array]
 
@@ -42,6 +45,7 @@ class Task(abc.ABC):
 
     name: str
     model: nn.Module
+    mesh: Mesh | None = None  # What frozen parameters are spread over, if it is set before they are read.
 
     def __init__(self, config: ml_collections.ConfigDict):
         """Build the modules; weights and tokenizers are read when they are first needed."""
@@ -111,7 +115,11 @@ class Task(abc.ABC):
 
     @functools.cached_property
     def vision_parameters(self) -> params.Tree:
-        return frozen.load_vision(self.parts["vision"], self.encoder, self.dtype)
+        return frozen.load_vision(self.parts["vision"], self.encoder, self.dtype, self.put("vision"))
+
+    def put(self, part: str) -> mapping.Put:
+        """Where the parameters of a frozen tree go as they are read: to their places on the mesh, if there is one."""
+        return sharding.placer(self.frozen_shapes()[part], self.mesh) if self.mesh else mapping.to_device
 
     @property
     def caption_tokenizer_folder(self) -> pathlib.Path:
@@ -154,6 +162,8 @@ class Task(abc.ABC):
 
     def encode(self, images: np.ndarray) -> jax.Array:
         """uint8[B, S, S, 3] -> image_embeds float[B, P, D], by the frozen encoder."""
+        if self.mesh and len(images) % meshes.batch_shards(self.mesh) == 0:
+            images = jax.device_put(images, meshes.batch_sharding(self.mesh))
         return self._encode(self.vision_parameters, images)
 
     def image_schema(self) -> Schema:
@@ -184,10 +194,6 @@ class Task(abc.ABC):
     def has_bert(self) -> bool:
         """Whether config.bert has weights that the Q-Former can start from, not only sizes and a tokenizer."""
         return "qformer_config" not in self.parts["bert"].config
-
-    def decay_table(self) -> params.Table[bool]:
-        """Which parameters weight decay pulls: not norms, biases and the temperature."""
-        return [(r".*/(bias|scale)|temperature", False), (r".*", True)]
 
     def rate_table(self, trainable: params.Tree) -> params.Table[float]:
         """Multipliers of the learning rate."""

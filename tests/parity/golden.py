@@ -72,11 +72,16 @@ class Case:
 
     @functools.cached_property
     def weights(self) -> Directory:
-        """Its own weights, or those of the case that meta.json names."""
-        if (self.path / "model.safetensors").exists():
-            return Directory(self.path)
-        named = str(self.meta["weights"]).removeprefix("same as ").partition("/")[0]
-        return Directory(self.path.parent / named)
+        """Those of the case that meta.json names, or its own."""
+        named = self.meta.get("initial_weights") or str(self.meta.get("weights", "")).removeprefix("same as ")
+        named = named.partition("/")[0]
+        return Directory(self.path.parent / named if (self.path.parent / named / "meta.json").exists() else self.path)
+
+    @functools.cached_property
+    def final(self) -> dict[str, np.ndarray]:
+        """The weights after training."""
+        tensors = load_file(self.path / "model.safetensors")
+        return {name.removeprefix("final/"): array for name, array in tensors.items()}
 
     def image(self, name: str) -> np.ndarray:
         """Pictures, normalised, as we hold them: float32[B, S, S, 3]."""
@@ -300,19 +305,27 @@ def row_axes(mesh: Mesh, rows: int) -> tuple[str, ...]:
     return axes
 
 
+def place_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    """A batch with its rows over the axes of `row_axes`."""
+    rows = len(next(iter(batch.values())))
+    axes = row_axes(mesh, rows)
+    print(f"{rows} rows over {axes or 'no axis'}, whole along the others")
+    place = NamedSharding(mesh, PartitionSpec(axes or None))
+    return {name: sharding.put(array, place) for name, array in batch.items()}
+
+
 def run(function: Callable, trees: Any, batch: dict[str, np.ndarray], mesh: Mesh | None) -> Any:
     """function(trees, batch) under jit, as numpy arrays; on a mesh parameters and batch are spread over it."""
     as_asked = lambda x: x.astype(jnp.float32) if np.issubdtype(x.dtype, np.floating) else x
     trees, batch = jax.tree.map(as_asked, (trees, batch))
     if mesh is None:
         return jax.tree.map(np.asarray, jax.jit(function)(trees, batch))
-    trees = jax.device_put(trees, {name: sharding.shardings(tree, mesh) for name, tree in trees.items()})
-    rows = len(next(iter(batch.values())))
-    axes = row_axes(mesh, rows)
-    print(f"{rows} rows over {axes or 'no axis'}, whole along the others")
-    batch = jax.device_put(batch, NamedSharding(mesh, PartitionSpec(axes or None)))
+    places = {name: sharding.shardings(tree, mesh) for name, tree in trees.items()}
+    trees = jax.tree.map(sharding.put, trees, places)
     with jax.set_mesh(mesh):
-        return jax.tree.map(np.asarray, jax.jit(function)(trees, batch))
+        # Whole everywhere, so that each of several processes can read it.
+        everywhere = jax.jit(function, out_shardings=meshes.replicated(mesh))
+        return jax.tree.map(np.asarray, everywhere(trees, place_batch(batch, mesh)))
 
 
 def by_layer(transformer: dict[str, Any], pick: Callable) -> list:

@@ -9,13 +9,18 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 from jax.sharding import Mesh
 
+from blip2_jax import optimizer, params
 from blip2_jax.checkpoints import mapping
 from blip2_jax.compat import LAVIS
 from blip2_jax.models.vision.vit import ViT
 from blip2_jax.objectives.matching import HardNegatives
+from blip2_jax.parallel import mesh as meshes
+from blip2_jax.parallel import sharding
+from blip2_jax.step import initial_state, make_step
 from blip2_jax.tasks.stage1_loss import Stage1Loss
 from tests.parity import golden
 from tests.parity.golden import Built, Case
@@ -72,6 +77,8 @@ def read(case: Case) -> Recorded:
     """The loss, the parameters and the batch of a case."""
     ranks = by_rank(case.inputs)
     whole = {name: np.concatenate([rank[name] for rank in ranks]) for name in ranks[0]}
+    if "images" in whole:  # Of every training step; here the first.
+        whole |= {"image": whole["images"][0]} | {name: whole[name][0] for name in ("neg_image_idx", "neg_text_idx")}
     encoder, _, tower = golden.vit(case, prefix="visual_encoder.")
     built = golden.stage1(case)[1]
     rows = np.arange(len(whole["image"]), dtype=np.uint32)
@@ -162,3 +169,85 @@ def _beside_recorded(case: Case, recorded: Recorded, ours, group: str):
         name = path.removeprefix(f"{group}/")
         if name != path and not name.endswith(".key.bias"):
             yield name, (named[name], theirs)
+
+
+# Training steps.
+
+
+class _Task:
+    """What `make_step` asks of a task; the negatives come with the batch."""
+
+    def __init__(self, recorded: Recorded):
+        self._recorded = recorded
+
+    def value_and_gradients(self, trainable, frozen, batch, key):
+        trees = {"trainable": trainable, "frozen": frozen}
+        return self._recorded.loss.value_and_gradients(*self._recorded.inputs(trees, batch))
+
+
+def training(case: Case, mesh: Mesh | None) -> Quantities:
+    """The recorded steps of AdamW: each step's losses, and how far every parameter is from theirs at the end.
+
+    What is compared of a parameter is the relative norm of the difference; keys' biases, whose gradient is noise that
+    Adam makes a step of, are left out.
+    """
+    recorded = read(case)
+    mesh = mesh or meshes.make_mesh("data=1", jax.devices()[:1])
+    state, step, frozen = _start(case, recorded, mesh)
+    names = {"loss": "loss", "loss_itc": "loss_itc", "loss_itm": "loss_itm", "loss_lm": "loss_itg"}
+    ours = {name: [] for name in names}
+    for number in range(len(case.inputs["images"])):
+        batch = recorded.batch | {
+            "image": case.inputs["images"][number].transpose(0, 2, 3, 1),
+            "negative_image": case.inputs["neg_image_idx"][number].astype(np.int32),
+            "negative_text": case.inputs["neg_text_idx"][number].astype(np.int32),
+        }
+        with jax.set_mesh(mesh):
+            state, metrics = step(state, frozen, golden.place_batch(batch, mesh))
+        for name, own in names.items():
+            ours[name].append(np.asarray(metrics[own]))
+    assert not np.asarray(state.skipped).any()
+    found: Quantities = {name: np.stack(values) for name, values in ours.items()}
+    final = jax.jit(lambda tree: tree, out_shardings=meshes.replicated(mesh))(state.trainable)
+    for name, array in mapping.export(jax.tree.map(np.asarray, final), recorded.parts["trainable"].mapped):
+        if not name.endswith(".key.bias"):
+            theirs = case.final[name]
+            error = np.linalg.norm(array - theirs) / np.linalg.norm(theirs)
+            found[f"final/{name}"] = (error, np.zeros_like(error))
+    return found
+
+
+def _start(case: Case, recorded: Recorded, mesh: Mesh):
+    """State, compiled step and frozen parameters before the first step, with LAVIS's groups and schedule."""
+    config, total_steps = _settings(case)
+    trainable = recorded.trees["trainable"]
+    decays = params.resolve(optimizer.decay_table(all_matrices=True), trainable, "weight decay")
+    rates = params.resolve([(".*", 1.0)], trainable, "rate")
+    transformation = optimizer.create(config, total_steps, decays, rates, by_epoch=True)
+    state, places = initial_state(trainable, transformation, jax.random.key(0), mesh)
+    frozen = {
+        name: jax.tree.map(sharding.put, tree, sharding.shardings(tree, mesh))
+        for name, tree in recorded.trees["frozen"].items()
+    }
+    return state, make_step(_Task(recorded), transformation, places), frozen
+
+
+def _settings(case: Case) -> tuple[ml_collections.ConfigDict, int]:
+    """Our optimizer's settings from the words of meta.json, and the steps of the run; the epoch's from the rates."""
+    number = r"(\d+(?:\.\d*)?(?:e-?\d+)?)"
+    betas = re.search(rf"betas=\({number}, *{number}\), *eps={number}", case.meta["optimizer"])
+    decay = re.search(rf"decay {number}", case.meta["optimizer"])
+    warmup = re.search(rf"warmup_steps=(\d+), {number} -> {number}", case.meta["schedule"])
+    later = re.search(rf"max_epoch=(\d+), min_lr={number}", case.meta["schedule"])
+    peak, epochs, rates = float(warmup[3]), int(later[1]), case.inputs["lr"]
+    config = ml_collections.ConfigDict()
+    config.update(learning_rate=peak, warmup=int(warmup[1]), warmup_rate=float(warmup[2]), clip_norm=0.0)
+    config.update(beta1=float(betas[1]), beta2=float(betas[2]), epsilon=float(betas[3]), weight_decay=float(decay[1]))
+    config.update(final_share=float(later[2]) / peak, steps_per_epoch=0)
+    for steps in range(1, len(rates) + 1):
+        config.steps_per_epoch = steps
+        factor = optimizer.schedule(config, steps * epochs, by_epoch=True)
+        ours = [peak * float(factor(count)) for count in range(len(rates))]
+        if np.allclose(ours, rates, rtol=1e-6, atol=0):
+            return config, steps * epochs
+    raise AssertionError(f"no number of steps an epoch gives the recorded rates {rates}")

@@ -54,7 +54,12 @@ def gradients(case: Case):
     return stage1.gradients if case.name.startswith("stage1_") else None
 
 
-_BUILT = {"forward": forward, "gradients": gradients}
+def training(case: Case):
+    """The function that trains as the case did, or None."""
+    return stage1.training if case.name.startswith("stage1_") else None
+
+
+_BUILT = {"forward": forward, "gradients": gradients, "training": training}
 
 
 def tolerance(case: Case, group: str, quantity: str, recorded: np.ndarray) -> np.ndarray:
@@ -64,6 +69,10 @@ def tolerance(case: Case, group: str, quantity: str, recorded: np.ndarray) -> np
         # compared, and those of other models below 1e-5: there an element may err by 1e-4 of the largest of its tensor.
         size = np.abs(recorded)
         return 5e-5 + 1e-4 * (np.full_like(size, size.max()) if "t5" in case.name else size)
+    if group == "training":
+        if quantity.startswith("final/"):
+            return np.full(recorded.shape, 1e-3)
+        return np.geomspace(1e-5, 1e-4, len(recorded))  # From the first step to the last.
     if "loss" in quantity:
         return np.full(recorded.shape, 1e-5)
     wide = "t5" in case.name or "instruct" in case.name

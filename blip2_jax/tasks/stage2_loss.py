@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from blip2_jax import params
 from blip2_jax.compat import Compat
@@ -37,6 +38,19 @@ class Texts(NamedTuple):
     mask: jax.Array
     targets: jax.Array
     counts: jax.Array
+
+
+def _tables_whole(language: params.Tree) -> params.Tree:
+    """The same with every table of embeddings whole on each device of the surrounding mesh.
+
+    From a divided table every device would look up its part of the rows of all devices, and then exchange them.
+    """
+    if jax.sharding.get_abstract_mesh().empty:
+        return language
+    whole = lambda x: jax.lax.with_sharding_constraint(x, PartitionSpec())
+    return {
+        name: jax.tree.map(whole, tree) if name.endswith("embeddings") else tree for name, tree in language.items()
+    }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,7 +137,7 @@ class Stage2Loss:
             return language_modeling_loss(features, model.head(), None, texts.targets, weights, frozen_head=True)
 
         rngs = None if rows is None else {"dropout": key}
-        return self.language_model.apply({"params": language}, method=method, rngs=rngs)
+        return self.language_model.apply({"params": _tables_whole(language)}, method=method, rngs=rngs)
 
     def _prepared(self, batch: Batch) -> dict:
         """What is to be cut into pieces: the batch, each row's number in it, and each token's weight in its loss."""

@@ -152,6 +152,7 @@ def t5(directory: pathlib.Path) -> pathlib.Path:
         "relative_attention_max_distance": 16,
         "layer_norm_epsilon": 1e-6,
         "dropout_rate": 0.1,
+        "tie_word_embeddings": False,
         "eos_token_id": 2,
         "pad_token_id": 0,
     }

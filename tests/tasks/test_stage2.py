@@ -101,9 +101,9 @@ def test_an_encoder_reads_the_beginning_of_a_caption_and_the_decoder_writes_its_
         assert len(beginning) <= task._lengths()[0] - 1
         places.add(len(beginning))
     assert places == {1, 2}  # Of five words and an end.
-    # Without a generator, in evaluation, the whole caption behind the prompt; one word cannot be parted.
+    # Without a generator, in evaluation, the whole caption behind the prompt; one token cannot be parted.
     assert task.prepare_caption({"caption": text}) == {"caption": text, "prompt_ids": [end], "target_ids": whole}
-    short = task.prepare_caption({"caption": "a"}, np.random.default_rng(0))
+    short = task.prepare_caption({"caption": ""}, np.random.default_rng(0))
     assert (short["prompt_ids"], len(short["target_ids"])) == ([end], 2)
 
 
@@ -118,7 +118,7 @@ def test_the_token_before_a_text_without_a_prompt_is_predicted_on_request(folder
     task = tasks.create(tiny.recipe("stage2", folder, **(BARE | bos)))
     found = task.prepare_caption({"caption": "a red"})
     assert found["prompt_ids"] == ([] if predicted else [0])
-    assert found["target_ids"] == [0] * predicted + task.tokenizer.encode_target("a red", 6)
+    assert found["target_ids"] == [0] * predicted + task.tokenizer.encode_target("a red", 6 - predicted)
     long = task.prepare_caption({"caption": "a red square of a blue circle of a"})
     assert len(long["target_ids"]) == task.config.data.max_text_tokens == task._lengths()[1]
     assert task._lengths()[0] == len(found["prompt_ids"])

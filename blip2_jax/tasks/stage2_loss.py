@@ -48,9 +48,7 @@ def _tables_whole(language: params.Tree) -> params.Tree:
     if jax.sharding.get_abstract_mesh().empty:
         return language
     whole = lambda x: jax.lax.with_sharding_constraint(x, PartitionSpec())
-    return {
-        name: jax.tree.map(whole, tree) if name.endswith("embeddings") else tree for name, tree in language.items()
-    }
+    return {name: jax.tree.map(whole, tree) if name.endswith("embeddings") else tree for name, tree in language.items()}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
+import optax
 from jax.sharding import Mesh
 
 from blip2_jax import optimizer, params
@@ -218,12 +219,13 @@ def training(case: Case, mesh: Mesh | None) -> Quantities:
 
 
 def _start(case: Case, recorded: Recorded, mesh: Mesh):
-    """State, compiled step and frozen parameters before the first step, with LAVIS's groups and schedule."""
-    config, total_steps = _settings(case)
-    trainable = recorded.trees["trainable"]
+    """State, compiled step and frozen parameters before the first step, with LAVIS's groups and the recorded rates."""
+    trainable, rates = recorded.trees["trainable"], case.inputs["lr"]
     decays = params.resolve(optimizer.decay_table(all_matrices=True), trainable, "weight decay")
-    rates = params.resolve([(".*", 1.0)], trainable, "rate")
-    transformation = optimizer.create(config, total_steps, decays, rates, by_epoch=True)
+    alike = params.resolve([(".*", 1.0)], trainable, "rate")
+    # The recorded steps leave some of an epoch out, so they have the rates of no schedule: a flat one, and the rest.
+    flat = optimizer.create(_settings(case), len(rates), decays, alike, by_epoch=True)
+    transformation = optax.chain(flat, optax.scale_by_schedule(lambda count: jnp.asarray(rates / rates.max())[count]))
     state, places = initial_state(trainable, transformation, jax.random.key(0), mesh)
     frozen = {
         name: jax.tree.map(sharding.put, tree, sharding.shardings(tree, mesh))
@@ -232,22 +234,15 @@ def _start(case: Case, recorded: Recorded, mesh: Mesh):
     return state, make_step(_Task(recorded), transformation, places), frozen
 
 
-def _settings(case: Case) -> tuple[ml_collections.ConfigDict, int]:
-    """Our optimizer's settings from the words of meta.json, and the steps of the run; the epoch's from the rates."""
+def _settings(case: Case) -> ml_collections.ConfigDict:
+    """Our optimizer's settings from the words of meta.json, at the largest recorded rate without a schedule."""
     number = r"(\d+(?:\.\d*)?(?:e-?\d+)?)"
-    betas = re.search(rf"betas=\({number}, *{number}\), *eps={number}", case.meta["optimizer"])
-    decay = re.search(rf"decay {number}", case.meta["optimizer"])
-    warmup = re.search(rf"warmup_steps=(\d+), {number} -> {number}", case.meta["schedule"])
-    later = re.search(rf"max_epoch=(\d+), min_lr={number}", case.meta["schedule"])
-    peak, epochs, rates = float(warmup[3]), int(later[1]), case.inputs["lr"]
+    words, rate = case.meta["optimizer"], float(case.inputs["lr"].max())
+    beta1, beta2, epsilon = map(float, re.search(rf"betas=\({number}, *{number}\), *eps={number}", words).groups())
     config = ml_collections.ConfigDict()
-    config.update(learning_rate=peak, warmup=int(warmup[1]), warmup_rate=float(warmup[2]), clip_norm=0.0)
-    config.update(beta1=float(betas[1]), beta2=float(betas[2]), epsilon=float(betas[3]), weight_decay=float(decay[1]))
-    config.update(final_share=float(later[2]) / peak, steps_per_epoch=0)
-    for steps in range(1, len(rates) + 1):
-        config.steps_per_epoch = steps
-        factor = optimizer.schedule(config, steps * epochs, by_epoch=True)
-        ours = [peak * float(factor(count)) for count in range(len(rates))]
-        if np.allclose(ours, rates, rtol=1e-6, atol=0):
-            return config, steps * epochs
-    raise AssertionError(f"no number of steps an epoch gives the recorded rates {rates}")
+    config.update(
+        beta1=beta1, beta2=beta2, epsilon=epsilon, weight_decay=float(re.search(rf"decay {number}", words)[1])
+    )
+    config.update(learning_rate=rate, warmup=0, warmup_rate=rate, final_share=1.0, clip_norm=0.0)
+    config.update(steps_per_epoch=len(case.inputs["lr"]))
+    return config

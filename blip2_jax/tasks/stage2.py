@@ -22,7 +22,6 @@ from blip2_jax.models.blip2 import SoftPromptModel
 from blip2_jax.models.language.t5 import T5
 from blip2_jax.monitoring.progress import progress
 from blip2_jax.tasks.common import Metrics, Task
-from blip2_jax.tasks.encoding import image_embeds
 from blip2_jax.tasks.stage2_loss import Stage2Loss, Texts
 
 
@@ -56,7 +55,7 @@ class Stage2(Task):
         return Stage2Loss(
             self.model,
             self.language_model,
-            lambda frozen, batch: image_embeds(self.encoder.encode, {}, frozen, batch),
+            self.encoder.encode,
             tuple(self.tokenizer.begin) if self.config.data.begin else (),
             0 if self.reads_apart else self._lengths()[2],
             self.config.pieces,
@@ -216,9 +215,6 @@ class Stage2(Task):
     def soft_prompt(self, trainable: params.Tree, image_embeds: jax.Array, batch: Batch | None = None) -> jax.Array:
         """float[B, P, D_image], and of an InstructBLIP the batch with its instructions -> float[B, Q, D_language]."""
         return self.language_loss.soft_prompt(trainable, image_embeds, batch or {})
-
-    def loss(self, trainable, frozen, batch, key) -> tuple[jax.Array, Metrics]:
-        return self.language_loss.loss(trainable, frozen, batch, key), {}
 
     def value_and_gradients(self, trainable, frozen, batch, key) -> tuple[tuple[jax.Array, Metrics], params.Tree]:
         loss, gradients = self.language_loss.value_and_gradients(trainable, frozen, batch, key)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from blip2_jax import params
 from blip2_jax.compat import Compat
@@ -19,6 +19,7 @@ from blip2_jax.models.language.t5 import T5
 from blip2_jax.models.layers import causal_mask
 from blip2_jax.objectives.language_modeling import language_modeling_loss, token_weights
 from blip2_jax.parallel.rows import rows_of
+from blip2_jax.tasks.encoding import Encode, image_embeds
 
 # What a T5's decoder reads before the first word (decoder_start_token_id).
 _START = 0
@@ -39,20 +40,15 @@ class Texts(NamedTuple):
     counts: jax.Array
 
 
-def in_pieces(batch: Batch, pieces: int) -> Batch:
-    """Fields [B, ...] -> [pieces, B // pieces, ...]; piece p has rows p, p + pieces, ... of the batch.
+def _tables_whole(language: params.Tree) -> params.Tree:
+    """The same with every table of embeddings whole on each device of the surrounding mesh.
 
-    So every device keeps the rows that it has, and every piece is divided over the devices as the batch is.
-
-    Raises:
-      ValueError: the batch does not divide.
+    From a divided table every device would look up its part of the rows of all devices, and then exchange them.
     """
-    size = len(batch["example_mask"])
-    if size % pieces:
-        raise ValueError(f"a batch of {size} rows does not divide into config.pieces = {pieces} of one size")
-    kept = rows_of(size // pieces)
-    split = lambda x: kept.keep(jnp.moveaxis(x.reshape(size // pieces, pieces, *x.shape[1:]), 1, 0), axis=1)
-    return jax.tree.map(split, batch)
+    if jax.sharding.get_abstract_mesh().empty:
+        return language
+    whole = lambda x: jax.lax.with_sharding_constraint(x, PartitionSpec())
+    return {name: jax.tree.map(whole, tree) if name.endswith("embeddings") else tree for name, tree in language.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,12 +56,12 @@ class Stage2Loss:
     """Mean cross-entropy of the target tokens behind soft prompt and prompt, and its gradient.
 
     A batch has `example_mask` bool[B], `prompt_ids`, `prompt_mask`, `target_ids`, `target_mask`, filled from the left,
-    whatever `image_embeds` reads, and for an InstructBLIP `instruction_ids` and `instruction_mask`.
+    `image_embeds` or `image`, and for an InstructBLIP `instruction_ids` and `instruction_mask`.
 
     Attributes:
       model: the Q-Former with the language projection.
       language_model: a decoder, or an encoder-decoder whose encoder reads soft prompt and prompt.
-      image_embeds: from the frozen trees and a batch to float[B, P, D_image].
+      encode: of `tasks.encoding`.
       begin: tokens before everything.
       row_length: T of a decoder's rows of prompt and target; 0: as long as both fields together.
       pieces: in so many a batch goes through, which changes memory and time, not the gradient.
@@ -74,7 +70,7 @@ class Stage2Loss:
 
     model: SoftPromptModel
     language_model: Decoder | T5
-    image_embeds: Callable[[params.Tree, Batch], jax.Array]
+    encode: Encode
     begin: tuple[int, ...] = ()
     row_length: int = 0
     pieces: int = 1
@@ -139,7 +135,7 @@ class Stage2Loss:
             return language_modeling_loss(features, model.head(), None, texts.targets, weights, frozen_head=True)
 
         rngs = None if rows is None else {"dropout": key}
-        return self.language_model.apply({"params": language}, method=method, rngs=rngs)
+        return self.language_model.apply({"params": _tables_whole(language)}, method=method, rngs=rngs)
 
     def _prepared(self, batch: Batch) -> dict:
         """What is to be cut into pieces: the batch, each row's number in it, and each token's weight in its loss."""
@@ -153,15 +149,15 @@ class Stage2Loss:
         reads, writes = jax.random.split(key)
         rows = rows_of(len(piece["rows"]))
         drops = lambda wanted: piece["rows"] if wanted else None
-        image_embeds = rows.keep(self.image_embeds(frozen, piece))
+        embeds = rows.keep(image_embeds(self.encode, trainable, frozen, piece))
         qformer = self.model.config.qformer
         read = drops(qformer.dropout or qformer.attention_dropout)
-        soft_prompt = rows.keep(self.soft_prompt(trainable, image_embeds, piece, read, reads))
+        soft_prompt = rows.keep(self.soft_prompt(trainable, embeds, piece, read, reads))
         written = drops(self.compat.llm_dropout)
         return self.language_loss(frozen["language"], soft_prompt, piece["texts"], piece["weights"], written, writes)
 
     def loss(self, trainable: params.Tree, frozen: params.Tree, batch: Batch, key: jax.Array) -> jax.Array:
-        """float32[], the batch in one piece; `frozen` has the tree `language` and what `image_embeds` needs."""
+        """float32[], the batch in one piece; `frozen` has the trees `language` and, where it is needed, `vision`."""
         return self._piece(trainable, frozen, self._prepared(batch), key)
 
     def value_and_gradients(
@@ -178,4 +174,5 @@ class Stage2Loss:
             return objective(prepared)
         add = lambda sums, piece: (jax.tree.map(jnp.add, sums, objective(piece)), None)
         start = (jnp.float32(0), jax.tree.map(jnp.zeros_like, trainable))
-        return jax.lax.scan(add, start, in_pieces(prepared, self.pieces))[0]
+        rows = rows_of(len(batch["example_mask"]))
+        return jax.lax.scan(add, start, jax.tree.map(lambda x: rows.pieces(x, self.pieces), prepared))[0]

@@ -261,6 +261,7 @@ def recipe(stage: str, folder: pathlib.Path, **changes) -> ml_collections.Config
     if stage == "stage2":
         settings |= {"llm": f"hf:{folder / 'llama'}", "data.questions": "", "evaluation.max_new_tokens": 4}
     else:
-        settings |= {"evaluation.rerank": 2}
+        # A row on each of eight devices: every one takes part.
+        settings |= {"evaluation.rerank": 2, "objective.itm_share": 1.0, "objective.itg_share": 1.0}
     config.update_from_flattened_dict(settings | changes)
     return config

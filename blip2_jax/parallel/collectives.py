@@ -21,6 +21,7 @@ KINDS = (
     "collective-broadcast",
 )
 _REDUCING = ("all-reduce", "reduce-scatter")
+_MESH = re.compile(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(([^()]*(?:\([^()]*\))?)\))? \{([^}]*)\}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +94,7 @@ def replica_groups(attributes: str, devices: int) -> list[list[int]]:
     pairs = re.search(r"source_target_pairs=\{(.*?)\}(?:,|$)", attributes.replace("}}", "} }"))
     if pairs:
         return [[int(a), int(b)] for a, b in re.findall(r"\{(\d+),(\d+)\}", pairs[0])]
-    mesh = re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(([^()]*(?:\([^()]*\))?)\))? \{([^}]*)\}", attributes)
+    mesh = _MESH.search(attributes)
     if mesh:
         return _mesh_groups(mesh[1], mesh[2] or "", mesh[3]).tolist()
     iota = re.search(r"replica_groups=(\[[\d,]+\]<=\[[\d,]+\](?:T\([\d,]+\))?)", attributes)

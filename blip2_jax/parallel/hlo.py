@@ -208,8 +208,8 @@ class Program:
     def traffic(self) -> int:
         """Bytes that all instructions read from the main memory and write to it.
 
-        What a fusion keeps to itself moves nothing, and of an array that is only sliced, or updated in a slice, the slice
-        alone counts.
+        What a fusion keeps to itself moves nothing, and of an array that is only sliced, or updated in a slice, that
+        slice counts.
         """
         fused = {name for item, _, _ in self.instructions() if item.opcode == "fusion" for name in item.called}
         return sum(
@@ -255,7 +255,7 @@ class Program:
         return size
 
     def _updated(self, body: Computation, name: str) -> tuple[int, int] | None:
-        """Where a fusion's result is a parameter with one slice replaced, in place: its number, and bytes of the slice."""
+        """Of a fusion's result that is a parameter with one slice replaced: its number, and bytes of the slice."""
         item = body[self._renamed(body, name)]
         if item.opcode == "fusion":
             inner = self._updated(self.computations[item.called[0]], self._root(item.called[0]).name)

@@ -7,6 +7,7 @@ import re
 from collections.abc import Sequence
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 AXES = ("data", "fsdp", "tensor")
@@ -37,7 +38,10 @@ def parse_mesh(text: str, devices: int) -> tuple[int, ...]:
 def make_mesh(text: str, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """The mesh of all devices, or of `devices`."""
     devices = jax.devices() if devices is None else devices
-    return jax.make_mesh(parse_mesh(text, len(devices)), AXES, (AxisType.Auto,) * 3, devices=devices)
+    # jax.make_mesh allows it for TPU v5e alone: an axis may take a part of a dimension of the chips' network, else
+    # fsdp=8 would have no place in a slice of 4x4x4.
+    ordered = mesh_utils.create_device_mesh(parse_mesh(text, len(devices)), devices, allow_split_physical_axes=True)
+    return Mesh(ordered, AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def abstract_mesh(text: str, devices: int) -> AbstractMesh:

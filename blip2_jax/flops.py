@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -202,7 +202,7 @@ def _inner(value: Any) -> list[Any]:
     return [getattr(item, "jaxpr", item) for item in values if hasattr(getattr(item, "jaxpr", item), "eqns")]
 
 
-def _equation(equation: Any) -> float:
+def _product(equation: Any) -> float:
     """Operations of one equation without programs inside."""
     if equation.primitive.name == "dot_general":
         contracted = equation.params["dimension_numbers"][0][0]
@@ -217,20 +217,35 @@ def _equation(equation: Any) -> float:
     return 0.0
 
 
-def _count(program: Any) -> float:
-    total = 0.0
-    for equation in program.eqns:
-        inner = [program for value in equation.params.values() for program in _inner(value)]
-        times = 1.0
-        if equation.primitive.name == "scan":
-            times = equation.params["length"]
-        elif equation.primitive.name == "shard_map":
-            mesh = equation.params["mesh"]
-            times = float(np.prod([mesh.shape[axis] for axis in equation.params["manual_axes"]]))
-        counts = [_count(program) for program in inner]
-        run = max if equation.primitive.name == "cond" else sum
-        total += times * run(counts) if counts else _equation(equation)
+def _count(program: Any, wanted: Sequence[bool]) -> float:
+    """Operations behind the outputs that are wanted; what is traced and never used, the compiler drops, too."""
+    total, needed = 0.0, {out for out, want in zip(program.outvars, wanted, strict=True) if want and _is_variable(out)}
+    for equation in reversed(program.eqns):
+        used = [out in needed for out in equation.outvars]
+        if any(used) or equation.effects:
+            total += _equation(equation, used)
+            needed.update(filter(_is_variable, equation.invars))
     return total
+
+
+def _is_variable(atom: Any) -> bool:
+    return not hasattr(atom, "val")  # Which literals have.
+
+
+def _equation(equation: Any, used: Sequence[bool]) -> float:
+    name, settings = equation.primitive.name, equation.params
+    inner = [program for value in settings.values() for program in _inner(value)]
+    if not inner:
+        return _product(equation)
+    times = 1.0
+    if name == "scan":
+        times, used = settings["length"], [True] * settings["num_carry"] + list(used[settings["num_carry"] :])
+    elif name == "shard_map":
+        axes = settings.get("newly_manual_axes", settings.get("manual_axes"))  # By version of jax.
+        times = float(np.prod([settings["mesh"].shape[axis] for axis in axes]))
+    same = name != "while"  # Whose condition has an output of its own.
+    counts = [_count(program, used if same else [True] * len(program.outvars)) for program in inner]
+    return times * (max if name == "cond" else sum)(counts)
 
 
 def executed(function: Callable, *arguments: Any) -> float:
@@ -238,4 +253,5 @@ def executed(function: Callable, *arguments: Any) -> float:
 
     A loop whose number of rounds depends on data counts one round.
     """
-    return _count(jax.make_jaxpr(function)(*arguments).jaxpr)
+    program = jax.make_jaxpr(function)(*arguments).jaxpr
+    return _count(program, [True] * len(program.outvars))

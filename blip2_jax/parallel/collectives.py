@@ -91,9 +91,9 @@ def replica_groups(attributes: str, devices: int) -> list[list[int]]:
     Raises:
       ValueError: none of these ways.
     """
-    pairs = re.search(r"source_target_pairs=\{(.*?)\}(?:,|$)", attributes.replace("}}", "} }"))
+    pairs = re.search(r"source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}", attributes)
     if pairs:
-        return [[int(a), int(b)] for a, b in re.findall(r"\{(\d+),(\d+)\}", pairs[0])]
+        return [[int(a), int(b)] for a, b in re.findall(r"\{(\d+),(\d+)\}", pairs[1])]
     mesh = _MESH.search(attributes)
     if mesh:
         return _mesh_groups(mesh[1], mesh[2] or "", mesh[3]).tolist()

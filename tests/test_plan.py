@@ -211,10 +211,13 @@ def test_gradients_of_weights_are_found(trained):
 
 
 @needs_libtpu
-@pytest.mark.parametrize(("name", "slices"), [("v5e:2x2", 1), ("v4:2x2x1", 1), ("v5e:2x2", 2)])
-def test_a_tiny_step_for_tpus(name, slices, folder, own_cache):
+@pytest.mark.parametrize(
+    ("stage", "name", "slices"), [("stage1", "v5e:2x2", 1), ("stage2", "v4:2x2x1", 1), ("stage2", "v5e:2x2", 2)]
+)
+def test_a_tiny_step_for_tpus(stage, name, slices, folder, own_cache):
     topology = chips.parse_topology(name, slices)
-    found = plan.make_plan(tiny.recipe("stage1", folder), topology.devices(), topology)
+    config = tiny.recipe(stage, folder, **{"model.unroll": 1})
+    found = plan.make_plan(config, topology.devices(), topology)
     assert found.keys() == KEYS
     assert found["fits"] is True
     assert 0 < found["hbm_peak_bytes"] <= found["hbm_limit_bytes"] == topology.chip.hbm_limit_bytes

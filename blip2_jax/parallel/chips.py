@@ -113,9 +113,7 @@ class Topology:
             return list(topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices)
         except jax.errors.JaxRuntimeError as error:
             reason = str(error).splitlines()[0]
-            raise ValueError(
-                f"topology {name!r}: libtpu knows no such slice ({reason}); sides above 1 are even"
-            ) from error
+            raise ValueError(f"topology {name!r}: libtpu has no such slice ({reason}); use even sides") from error
 
 
 def parse_topology(text: str, slices: int = 1) -> Topology:

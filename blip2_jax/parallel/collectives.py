@@ -116,9 +116,13 @@ def _sent(kind: str, size: int, members: int) -> float:
     )
 
 
-def _collective(item: Instruction, computation: Computation, count: int, devices: int, per_slice: int) -> Collective:
+def _collective(
+    item: Instruction, computation: Computation, count: int, devices: int, per_slice: int
+) -> Collective | None:
     kind = item.opcode.removesuffix("-start")
     groups = replica_groups(item.attributes, devices)
+    if not groups:
+        return None  # The part within a slice of a permutation that has none.
     operands = tuple(array for name in item.operands for array in computation[name].results)
     arrays = operands[:1] if kind == "ragged-all-to-all" else operands
     if kind == "all-gather":
@@ -152,4 +156,4 @@ def collectives(program: Program, devices: int, slices: int = 1) -> list[Collect
             found.append(_collective(item, computation, count, devices, devices // slices))
         elif item.opcode == "send" and "xla_megascale" in item.attributes:
             found.append(_transfer(item, computation, count, slices))
-    return sorted(found, key=lambda collective: -collective.sent * collective.count)
+    return sorted(filter(None, found), key=lambda collective: -collective.sent * collective.count)

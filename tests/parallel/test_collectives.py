@@ -100,6 +100,7 @@ def test_biggest_first():
         ("replica_groups=mesh['a'=4], device_ids=(0,2,1,3) {'a':(2)2}, x", [[0, 2], [1, 3]]),
         ("replica_groups=mesh['a'=4] {'a':(1)2}, x", [[0, 2], [1, 3]]),
         ("source_target_pairs={{0,1},{1,0}}", [[0, 1], [1, 0]]),
+        ('source_target_pairs={}, metadata={op_name="a"}', []),
         ('source_target_pairs={{0,3}}, metadata={op_name="a"}', [[0, 3]]),
     ],
 )

@@ -1,11 +1,14 @@
 """Train: python -m blip2_jax.main --config=configs/stage1.py --workdir=DIR
 
 A config may name a variant (configs/stage1.py:nano_long), and every setting can be changed on the command line
-(--config.batch_size=64). The same command goes on where an interrupted run stopped.
+(--config.batch_size=64). The same command goes on where an interrupted run stopped. On several machines, start it on
+each; the workdir is one folder that all of them see.
 """
 
 from __future__ import annotations
 
+import contextlib
+import os
 import sys
 
 import jax
@@ -14,11 +17,15 @@ from ml_collections import config_flags
 
 from blip2_jax import trainer
 from blip2_jax.checkpoints import downloads
+from blip2_jax.parallel import processes
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "What to train: a file of configs/, :VARIANT behind it.", lock_config=True
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where checkpoints, metrics and the report of the run go.")
+_DISTRIBUTED = flags.DEFINE_bool(
+    "distributed", None, "Whether this is one of several processes; by default what the environment says."
+)
 flags.mark_flags_as_required(["config", "workdir"])
 
 
@@ -26,7 +33,11 @@ def main(_argv: list[str]) -> None:
     logging.set_verbosity(logging.WARNING)  # Orbax tells of every file it renames.
     jax.config.update("jax_compilation_cache_dir", str(downloads.cache_directory() / "compiled"))
     try:
-        trainer.train(_CONFIG.value, _WORKDIR.value)
+        processes.join(_DISTRIBUTED.value)
+        with open(os.devnull, "w") as nowhere, contextlib.ExitStack() as stack:
+            if jax.process_index():
+                stack.enter_context(contextlib.redirect_stderr(nowhere))  # One process tells; all tell of errors.
+            trainer.train(_CONFIG.value, _WORKDIR.value)
     except trainer.Interrupted as stopped:
         print(f"{stopped}; the same command goes on from there", file=sys.stderr)
         sys.exit(130)

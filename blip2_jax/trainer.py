@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import pathlib
 import signal
@@ -10,21 +9,19 @@ import sys
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import ml_collections
 import numpy as np
-import optax
 
-from blip2_jax import files, optimizer, params, tasks
+from blip2_jax import compat, files, optimizer, params, tasks
 from blip2_jax.checkpoints import frozen
-from blip2_jax.checkpoints.store import Store, TrainState, read_config
+from blip2_jax.checkpoints.store import Store, read_config
 from blip2_jax.data.pipeline import check_batch, training_batches
 from blip2_jax.monitoring import report
 from blip2_jax.monitoring.clock import Clock
 from blip2_jax.monitoring.metrics import MetricsWriter
 from blip2_jax.monitoring.progress import progress
 from blip2_jax.parallel import mesh as meshes
-from blip2_jax.tasks.common import Task
+from blip2_jax.step import initial_state, make_step
 
 
 class Interrupted(Exception):
@@ -46,76 +43,81 @@ def refuse_other_configuration(workdir: pathlib.Path, resolved: dict) -> None:
         )
 
 
-def make_step(task: Task, transformation: optax.GradientTransformation):
-    """The compiled training step: (state, frozen, batch) -> (state, metrics)."""
-
-    @functools.partial(jax.jit, donate_argnums=0)
-    def step(state: TrainState, frozen_params: params.Tree, batch: dict):
-        key = jax.random.fold_in(state.rng, state.step)
-        objective = functools.partial(task.loss, frozen=frozen_params, batch=batch, key=key)
-        (loss, metrics), gradients = jax.value_and_grad(objective, has_aux=True)(state.trainable)
-        updates, optimizer_state = transformation.update(gradients, state.optimizer, state.trainable)
-        trainable = optax.apply_updates(state.trainable, updates)
-        metrics = {"loss": loss, **metrics, "gradient_norm": optax.tree.norm(gradients)}
-        return TrainState(state.step + 1, state.rng, trainable, optimizer_state), metrics
-
-    return step
-
-
 class Run:
     """A training run in a workdir: everything is opened, checked and restored before the first step."""
 
     def __init__(self, config: ml_collections.ConfigDict, workdir: pathlib.Path):
         self.config, self.workdir = config, workdir
         self.resolved = json.loads(config.to_json())
+        self.leads = jax.process_index() == 0  # Of several processes one writes what is not an array.
         refuse_other_configuration(workdir, self.resolved)
         self.mesh = meshes.make_mesh(config.mesh)
-        meshes.check_batch_size(config.batch_size, self.mesh)
-        if not config.total_steps > 0:
-            raise ValueError(f"total_steps must be above 0, found {config.total_steps}")
+        self._check()
         self.task = tasks.create(config)
+        self.task.mesh = self.mesh
         starting_point = tasks.starting_point(self.task)
         parts = self.task.training_parts()
+        rows = meshes.own_rows(config.batch_size, self.mesh)
         self.data = iter(
-            training_batches(parts, self.task.collate, config.batch_size, config.seed, config.data.threads)
+            training_batches(parts, self.task.collate, config.batch_size, config.seed, config.data.threads, rows)
         )
         self.evaluated = self.task.evaluation_pictures() if config.data.eval else {}
 
-        everywhere = meshes.replicated(self.mesh)
-        self.frozen = jax.device_put(self.task.frozen, everywhere)
+        self.frozen = self.task.frozen
         root = jax.random.key(config.seed)
-        trainable = starting_point(jax.random.fold_in(root, 0))
-        decays = params.resolve(self.task.decay_table(), trainable, "weight decay")
-        rates = params.resolve(self.task.rate_table(trainable), trainable, "learning rate")
-        self.schedule = optimizer.schedule(config.optimizer, config.total_steps)
-        self.transformation = optimizer.create(config.optimizer, config.total_steps, decays, rates)
-        state = TrainState(
-            jnp.int32(0), jax.random.fold_in(root, 1), trainable, jax.jit(self.transformation.init)(trainable)
-        )
-        self.state = jax.device_put(state, everywhere)
-        self.step = make_step(self.task, self.transformation)
-        print(params.describe(trainable, {"decays": decays, "rate": rates}), file=sys.stderr)
+        self._prepare_step(starting_point(jax.random.fold_in(root, 0)), jax.random.fold_in(root, 1))
         print(
             f"frozen: {params.count(self.frozen):,} parameters, {params.size(self.frozen) / 2**20:,.1f} MiB",
             file=sys.stderr,
         )
+        self._open_workdir()
+        self.clock = Clock()
+        self._asked_to_stop: int | None = None
 
+    def _check(self) -> None:
+        """Raise ValueError for settings that could not work, before anything is read."""
+        config = self.config
+        meshes.check_batch_size(config.batch_size, self.mesh, config.get("pieces", 1))
+        for name in ("total_steps", "max_skipped_in_a_row"):
+            if not config[name] > 0:
+                raise ValueError(f"{name} must be above 0, found {config[name]}")
+        if jax.process_count() > 1 and (config.data.eval or config.data.feature_views):
+            raise ValueError(
+                f"{jax.process_count()} processes train, but evaluate and compute image tokens before training only "
+                "alone: set data.eval='' and data.feature_views=0, and evaluate the workdir with one process"
+            )
+        self.compat = compat.resolve(config.get("compat", compat.block()))
+        self.schedule = optimizer.schedule(config.optimizer, config.total_steps, self.compat.epoch_schedule)
+
+    def _prepare_step(self, trainable: params.Tree, rng: jax.Array) -> None:
+        """The state at the start, spread over the mesh, and the step that goes on from there."""
+        decays = params.resolve(optimizer.decay_table(self.compat.decay_all_matrices), trainable, "weight decay")
+        rates = params.resolve(self.task.rate_table(trainable), trainable, "learning rate")
+        self.transformation = optimizer.create(
+            self.config.optimizer, self.config.total_steps, decays, rates, self.compat.epoch_schedule
+        )
+        print(params.describe(trainable, {"decays": decays, "rate": optimizer.readable(rates)}), file=sys.stderr)
+        self.state, places = initial_state(trainable, self.transformation, rng, self.mesh, self.config.shard_trainable)
+        self.step = make_step(self.task, self.transformation, places)
+
+    def _open_workdir(self) -> None:
+        """Checkpoints and metrics; where the workdir has a checkpoint, go on from there."""
+        config, workdir = self.config, self.workdir
         files.require_room(
             workdir,
-            (config.keep_checkpoints + 1) * params.size((state.trainable, state.optimizer)),
+            (config.keep_checkpoints + 1) * params.size((self.state.trainable, self.state.optimizer)),
             "the checkpoints",
             "make room, or choose a --workdir on another disk",
         )
-        files.write_json(workdir / "config.json", self.resolved)
+        if self.leads:
+            files.write_json(workdir / "config.json", self.resolved)
         self.store = Store(workdir / "checkpoints", config.keep_checkpoints)
         if self.store.newest is not None:
             checkpoint = workdir / "checkpoints" / str(self.store.newest)
             frozen.check(self.task.parts, json.loads((checkpoint / "frozen.json").read_text()), str(checkpoint))
             self.state = self.store.restore(self.state, self.data)
             print(f"resumed from step {self.store.newest} of {workdir}", file=sys.stderr)
-        self.metrics = MetricsWriter(workdir, int(self.state.step))
-        self.clock = Clock()
-        self._asked_to_stop: int | None = None
+        self.metrics = MetricsWriter(workdir, int(self.state.step)) if self.leads else None
 
     def train(self) -> None:
         """Run to the end.
@@ -130,7 +132,8 @@ class Run:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
             self.store.close()
-            self.metrics.close()
+            if self.metrics:
+                self.metrics.close()
 
     def _ask_to_stop(self, number: int, _frame: Any) -> None:
         if self._asked_to_stop is not None:
@@ -140,29 +143,28 @@ class Run:
 
     def _loop(self) -> None:
         total, start = self.config.total_steps, int(self.state.step)
-        sharding = meshes.batch_sharding(self.mesh)
         previous: tuple[int, dict] | None = None
         with progress(total=total, initial=start, desc=self.task.name, unit="step") as bar:
             for number in range(start + 1, total + 1):
                 with self.clock.measure("data"):
                     batch = next(self.data)
                 first = number == start + 1
-                if first:
-                    check_batch(batch, self.task.schema())
-                with self.clock.measure("compile" if first else "train"):
-                    batch = jax.device_put(batch, sharding)
+                with self.clock.measure("compile" if first else "train"), jax.set_mesh(self.mesh):
+                    batch = meshes.global_batch(batch, self.config.batch_size, self.mesh)
+                    if first:
+                        check_batch(batch, self.task.schema())
                     self.state, metrics = self.step(self.state, self.frozen, batch)
                     self.clock.step()
                 # Read the step before this one, so that the device never waits for the host.
                 if previous:
-                    self._log(*previous, bar)
+                    self._look_at(*previous, bar)
                 previous = (number, metrics)
                 saving = number == total or number % self.config.checkpoint_every == 0
                 evaluating = number == total or (self.config.eval_every and number % self.config.eval_every == 0)
                 if evaluating or saving or self._asked_to_stop is not None:
                     jax.block_until_ready(self.state)  # So that what follows is not charged with this step's time.
                     extra = self._evaluate(number) if evaluating else {}
-                    self._log(*previous, bar, extra)
+                    self._look_at(*previous, bar, extra)
                     previous = None
                     if saving or self._asked_to_stop is not None:
                         self._save()
@@ -170,16 +172,33 @@ class Run:
                 if self._asked_to_stop is not None and number < total:
                     raise Interrupted(f"stopped by {signal.Signals(self._asked_to_stop).name} after step {number}")
 
-    def _log(self, number: int, metrics: dict, bar: Any, extra: dict | None = None) -> None:
-        if not (number in (1, self.config.total_steps) or number % self.config.log_every == 0 or extra):
+    def _look_at(self, number: int, metrics: dict, bar: Any, extra: dict | None = None) -> None:
+        """Log a step that is done, where that is due.
+
+        Raises:
+          FloatingPointError: it is the last of too many in a row that were not finite.
+        """
+        limit = self.config.max_skipped_in_a_row
+        too_many = int(metrics["skipped_in_a_row"]) >= limit
+        due = number in (1, self.config.total_steps) or number % self.config.log_every == 0
+        if not (due or extra or too_many):
             return
-        values = {name: float(value) for name, value in metrics.items()}
-        if not np.isfinite(values["loss"]):
-            raise FloatingPointError(f"the loss is {values['loss']} at step {number}: {values}")
-        values["learning_rate"] = float(self.config.optimizer.learning_rate * self.schedule(number - 1))
+        values = {name: np.asarray(value).item() for name, value in metrics.items()}
+        self._log(number, values, bar, extra or {})
+        if too_many:
+            raise FloatingPointError(
+                f"{limit} steps in a row were skipped up to step {number}, since the loss or a gradient was not finite "
+                f"(config.max_skipped_in_a_row): {values}; the last checkpoint is of step {self.store.newest}"
+            )
+
+    def _log(self, number: int, values: dict, bar: Any, extra: dict) -> None:
+        # The schedule counts the steps that were applied.
+        applied = number - 1 - (values["skipped_steps"] - bool(values["skipped_in_a_row"]))
+        values["learning_rate"] = float(self.config.optimizer.learning_rate * self.schedule(applied))
         left = self.config.total_steps - number
-        values |= self.clock.pace(self.config.batch_size, jax.device_count(), left) | (extra or {})
-        self.metrics.write(number, values)
+        values |= self.clock.pace(self.config.batch_size, jax.device_count(), left) | extra
+        if self.metrics:
+            self.metrics.write(number, values)
         shown = [
             f"{name.removeprefix('loss_')} {value:.3f}" for name, value in values.items() if name.startswith("loss")
         ]
@@ -193,7 +212,7 @@ class Run:
             for name, pictures in self.evaluated.items():
                 values, samples[name] = self.task.evaluate(self.state.trainable, pictures)
                 metrics |= {f"eval/{name}/{path}": value for path, value in values.items()}
-        if samples:
+        if samples and self.leads:
             files.write_json(self.workdir / "samples" / f"{number}.json", samples)
         return metrics
 
@@ -208,4 +227,5 @@ def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> Non
     with files.clear_about_full_disk(workdir, "make room, and the same command goes on from the last checkpoint"):
         run = Run(config, workdir)
         run.train()
-        report.write_run(workdir)
+        if run.leads:
+            report.write_run(workdir)

@@ -27,6 +27,8 @@ def nano() -> ConfigDict:
     config.keep_checkpoints = 2
     config.eval_every = 0  # Only at the end.
     config.mesh = "data=-1,fsdp=1,tensor=1"
+    config.shard_trainable = True  # Over fsdp and tensor, as the frozen parts are; False: whole on every device.
+    config.max_skipped_in_a_row = 20  # So many steps that are not finite end the run.
 
     config.vision = "nano:"
     config.bert = "nano:"
@@ -80,6 +82,8 @@ def nano() -> ConfigDict:
     config.optimizer.epsilon = 1e-8
     config.optimizer.weight_decay = 0.05
     config.optimizer.clip_norm = 1.0
+    config.optimizer.warmup_rate = 0.0  # Where warm-up starts.
+    config.optimizer.steps_per_epoch = 0  # For compat.epoch_schedule.
 
     config.evaluation = ConfigDict()
     config.evaluation.batch_size = 64

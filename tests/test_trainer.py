@@ -19,6 +19,9 @@ import pytest
 from blip2_jax import params, tasks, trainer
 from blip2_jax.checkpoints import store
 from blip2_jax.monitoring.metrics import read_metrics
+from blip2_jax.parallel import mesh as meshes
+from blip2_jax.parallel import sharding
+from blip2_jax.step import make_step
 from tests import tiny
 
 
@@ -167,7 +170,8 @@ def test_settings_that_came_later_are_no_other_configuration(folder, stage1, tmp
     shutil.copytree(stage1, tmp_path / "old")
     for file in (tmp_path / "old").rglob("config.json"):
         config = json.loads(file.read_text())
-        del config["model"]["ln_vision_epsilon"]
+        del config["model"]["ln_vision_epsilon"], config["max_skipped_in_a_row"], config["shard_trainable"]
+        del config["optimizer"]["warmup_rate"], config["optimizer"]["steps_per_epoch"]
         file.write_text(json.dumps(config))
     trainer.train(tiny.recipe("stage1", folder), tmp_path / "old")
     assert tasks.load_trained(tmp_path / "old")[0].blip2.ln_vision_epsilon == 1e-5
@@ -254,15 +258,55 @@ def test_the_step_forms_no_gradient_of_a_frozen_weight(stage2_run, folder):
     assert matrix_products(both.compile().as_text()) & frozen_shapes
 
 
-def test_losses_on_eight_devices_are_those_on_one(folder, tmp_path):
-    one = trainer.Run(tiny.recipe("stage1", folder), tmp_path / "all")
+@pytest.mark.parametrize("mesh", ["data=8", "data=2,fsdp=2,tensor=2"])
+def test_losses_on_eight_devices_are_those_on_one(folder, tmp_path, mesh):
+    changes = {"mesh": mesh, "data.feature_views": 0, "vision": f"hf:{folder / 'vit'}", "data.eval": ""}
+    one = trainer.Run(tiny.recipe("stage1", folder, **changes), tmp_path / "all")
     batch = next(one.data)
     assert one.mesh.size == 8
     state, frozen = jax.device_get((one.state, one.frozen))
-    _, metrics = one.step(one.state, one.frozen, jax.device_put(batch, trainer.meshes.batch_sharding(one.mesh)))
+    for tree in (one.frozen["vision"], one.state.trainable, one.state.optimizer[1].mu):
+        places = params.flatten(sharding.shardings(tree, one.mesh))
+        assert {path: leaf.sharding for path, leaf in params.flatten(tree).items()} == places
+    with jax.set_mesh(one.mesh):
+        _, metrics = one.step(one.state, one.frozen, meshes.global_batch(batch, 8, one.mesh))
     alone = jax.device_put((state, frozen, batch), jax.devices()[0])
-    _, expected = trainer.make_step(one.task, one.transformation)(*alone)
+    _, expected = make_step(one.task, one.transformation)(*alone)
     chex.assert_trees_all_close(jax.device_get(metrics), jax.device_get(expected), rtol=2e-4, atol=1e-5)
+
+
+def test_a_run_over_every_axis_of_the_mesh(folder, stage1, stage2, tmp_path):
+    """Frozen and trained parameters are divided; training and evaluation find what they find on replicas."""
+    changes = {"init": str(stage1), "mesh": "data=2,fsdp=2,tensor=2"}
+    trainer.train(tiny.recipe("stage2", folder, **changes), tmp_path / "w")
+    for found, expected in zip(*(read_metrics(w / "metrics.jsonl") for w in (tmp_path / "w", stage2)), strict=True):
+        for name in ("step", "loss", "gradient_norm", "learning_rate"):
+            np.testing.assert_allclose(found[name], expected[name], rtol=1e-3, err_msg=name)
+        for name in expected.keys() - found.keys():
+            raise AssertionError(f"{name} is missing")
+
+
+def test_steps_that_are_not_finite_end_the_run(folder, stage1, tmp_path):
+    """From step 3 on nothing is finite; what was saved before is whole, and the run goes on from there."""
+    config = tiny.recipe("stage1", folder, max_skipped_in_a_row=2)
+    run = trainer.Run(config, tmp_path / "w")
+    original = run.step
+
+    def step(state, frozen, batch):
+        spoilt = np.nan if int(state.step) >= 2 else 1.0
+        return original(state, frozen, batch | {"image_embeds": batch["image_embeds"] * np.float16(spoilt)})
+
+    run.step = step
+    with pytest.raises(FloatingPointError, match=r"2 steps in a row .* up to step 4.*checkpoint is of step 2"):
+        run.train()
+    rows = read_metrics(tmp_path / "w" / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [1, 2, 4]
+    assert [row["skipped_steps"] for row in rows] == [0, 0, 2]
+    assert rows[-1]["loss"] is None
+    trainer.train(config, tmp_path / "w")
+    same_parameters(stage1, tmp_path / "w")
+    rows = read_metrics(tmp_path / "w" / "metrics.jsonl")
+    assert [row["skipped_in_a_row"] for row in rows] == [0, 0, 0, 0]
 
 
 def test_nonsense_settings_are_errors_before_training(folder, tmp_path):
@@ -273,7 +317,9 @@ def test_nonsense_settings_are_errors_before_training(folder, tmp_path):
         ({"data.train": "nano:nothing"}, "no such split"),
         ({"vision": "nano"}, "expected nano: or hf:DIR"),
         ({"bert": "hf:/does/not/exist"}, "not a directory"),
+        ({"max_skipped_in_a_row": 0}, "max_skipped_in_a_row must be above 0"),
         ({"optimizer.warmup": 100}, "warmup is 100 steps, but the run has 6"),
+        ({"optimizer.steps_per_epoch": 9}, "steps_per_epoch = 9: expected 0"),
         ({"task": "stage3"}, "expected one of stage1, stage2"),
         ({"data.max_text_tokens": 17}, "16 positions"),
         ({"evaluation.rerank_rule": "best"}, "rerank_rule = 'best': expected one of posterior, tempered, lavis"),

@@ -26,6 +26,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from blip2_jax import params
 from blip2_jax.checkpoints import downloads, hub, language, mapping, published
 from blip2_jax.checkpoints import vision as towers
 from blip2_jax.checkpoints.huggingface import Directory, complete, read_config
@@ -182,7 +183,8 @@ def load_vision(part: Frozen, encoder: vision.VisionEncoder, dtype: Any, put: ma
     """The parameters of an image encoder that `vision_encoder` made."""
     if part.kind == "random":
         seed = int(part.source.partition(":")[2])
-        return jax.tree.map(lambda x: x.astype(dtype), jax.jit(encoder.init)(jax.random.key(seed)))
+        tree = jax.tree.map(lambda x: x.astype(dtype), jax.jit(encoder.init)(jax.random.key(seed)))
+        return params.map_paths(put, tree)
     tower = _tower(part)
     if tower is not None:
         tree, report = towers.load(tower, part.tensors, encoder.module.config, dtype, put)

@@ -30,15 +30,22 @@ class TrainState:
       rng: key of the run; each step folds its number in.
       trainable: the parameters.
       optimizer: state of the optimizer.
+      skipped: int32[2], steps that were not applied since something was not finite: in all, and the last ones in a row.
     """
 
     step: jax.Array
     rng: jax.Array
     trainable: params.Tree
     optimizer: Any
+    skipped: jax.Array = dataclasses.field(default_factory=lambda: jnp.zeros(2, jnp.int32))
 
 
-jax.tree_util.register_dataclass(TrainState, ["step", "rng", "trainable", "optimizer"], [])
+jax.tree_util.register_dataclass(TrainState, ["step", "rng", "trainable", "optimizer", "skipped"], [])
+
+
+# Under jit, since the key may lie on devices of several processes.
+_words = jax.jit(jax.random.key_data)
+_key = jax.jit(jax.random.wrap_key_data, static_argnames="impl")
 
 
 class _Facts:
@@ -50,6 +57,8 @@ class _Facts:
     async def save(self, directory):
         async def write():
             path = await directory.await_creation()
+            if jax.process_index():
+                return
             for name, content in self._files.items():
                 (path.parent / f"{name}.json").write_text(json.dumps(content, indent=2, sort_keys=True))
 
@@ -67,8 +76,9 @@ class Store:
 
     def __init__(self, directory: pathlib.Path, keep: int = 2):
         """Open the checkpoints under `directory`, of which the newest `keep` stay."""
+        self._directory = directory.absolute()
         self._checkpointer = ocp.training.Checkpointer(
-            directory.absolute(),
+            self._directory,
             save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
             preservation_policy=ocp.training.preservation_policies.LatestN(keep),
             cleanup_tmp_directories=True,
@@ -87,7 +97,7 @@ class Store:
             {
                 "trainable": state.trainable,
                 "optimizer": state.optimizer,
-                "run": {"step": state.step, "rng": jax.random.key_data(state.rng)},
+                "run": {"step": state.step, "rng": _words(state.rng), "skipped": state.skipped},
                 "data": data,
                 "facts": _Facts(config=config, frozen=frozen),
             },
@@ -96,19 +106,17 @@ class Store:
 
     def restore(self, like: TrainState, data: Any) -> TrainState:
         """The newest checkpoint, with the structure and shardings of `like`; `data` is set to where it stood."""
-        abstract = jax.tree.map(ocp_abstract, (like.trainable, like.optimizer, like.step))
-        key_data = jax.random.key_data(like.rng)
+        run = {"step": like.step, "rng": _words(like.rng), "skipped": like.skipped}
+        saved = ocp.metadata(self._directory / str(self.newest), checkpointable_name="run").metadata
+        # The first checkpoints did not count skipped steps: a non-finite loss ended the run.
+        run = {name: array for name, array in run.items() if name in saved}
+        arrays = {"trainable": like.trainable, "optimizer": like.optimizer, "run": run}
         loaded = self._checkpointer.load_checkpointables(
-            self.newest,
-            {
-                "trainable": abstract[0],
-                "optimizer": abstract[1],
-                "run": {"step": abstract[2], "rng": ocp_abstract(key_data)},
-                "data": data,
-            },
+            self.newest, jax.tree.map(ocp_abstract, arrays) | {"data": data}
         )
-        rng = jax.random.wrap_key_data(loaded["run"]["rng"], impl=jax.random.key_impl(like.rng))
-        return TrainState(loaded["run"]["step"], rng, loaded["trainable"], loaded["optimizer"])
+        run = loaded["run"]
+        rng = _key(run["rng"], impl=jax.random.key_impl(like.rng))
+        return TrainState(run["step"], rng, loaded["trainable"], loaded["optimizer"], run.get("skipped", like.skipped))
 
     def close(self) -> None:
         self._checkpointer.close()
@@ -144,9 +152,16 @@ def find_checkpoint(path: str | pathlib.Path) -> pathlib.Path:
 
 
 # Settings that came later than the first checkpoints, and what these did before there was a choice; by task.
+_LATER_IN_BOTH = {
+    "model/ln_vision_epsilon": 1e-5,
+    "optimizer/steps_per_epoch": 0,
+    "optimizer/warmup_rate": 0.0,
+    "max_skipped_in_a_row": 20,
+    "shard_trainable": True,
+}
 _LATER = {
-    "stage1": {"model/ln_vision_epsilon": 1e-5},
-    "stage2": {"model/ln_vision_epsilon": 1e-5, "data/bos": "", "instruct": False, "llm_activation": ""},
+    "stage1": _LATER_IN_BOTH,
+    "stage2": _LATER_IN_BOTH | {"data/bos": "", "instruct": False, "llm_activation": ""},
 }
 
 

@@ -78,6 +78,20 @@ class _Indices:
         return int(index)
 
 
+class _Rows:
+    """Of a stream of examples, those that belong to some rows of its batches: row r of batch i is number i * B + r."""
+
+    def __init__(self, stream: grain.MapDataset, batch_size: int, rows: Sequence[int]):
+        self._stream, self._batch_size, self._rows = stream, batch_size, [int(row) for row in rows]
+
+    def __len__(self) -> int:
+        return len(self._stream) // self._batch_size * len(self._rows)
+
+    def __getitem__(self, index: int) -> Any:
+        batch, number = divmod(int(index), len(self._rows))
+        return self._stream[batch * self._batch_size + self._rows[number]]
+
+
 @dataclasses.dataclass(frozen=True)
 class Part:
     """Where some of the rows of every training batch come from.
@@ -94,7 +108,12 @@ class Part:
 
 
 def training_batches(
-    parts: Sequence[Part], collate: Callable[[Sequence[Any]], Batch], batch_size: int, seed: int, threads: int
+    parts: Sequence[Part],
+    collate: Callable[[Sequence[Any]], Batch],
+    batch_size: int,
+    seed: int,
+    threads: int,
+    rows: Sequence[int] | None = None,
 ) -> grain.IterDataset:
     """An endless sequence of batches.
 
@@ -104,7 +123,10 @@ def training_batches(
       batch_size: B.
       seed: of all random choices.
       threads: that make batches ahead.
+      rows: which rows of each batch to make, so that processes share the work; the batch is the same however many
+        there are. None: all.
     """
+    rows = range(batch_size) if rows is None else rows
 
     def examples(part: Part, seed: int) -> grain.MapDataset:
         def load(index: int, rng: np.random.Generator) -> Any:
@@ -115,7 +137,8 @@ def training_batches(
 
     datasets = [examples(part, _seed(seed, number)) for number, part in enumerate(parts)]
     mixed = datasets[0] if len(datasets) == 1 else grain.MapDataset.mix(datasets, [part.share for part in parts])
-    batches = mixed.batch(batch_size, drop_remainder=True, batch_fn=collate)
+    own = grain.MapDataset.source(_Rows(mixed, batch_size, rows))
+    batches = own.batch(len(rows), drop_remainder=True, batch_fn=collate)
     return batches.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads))
 
 

@@ -32,8 +32,10 @@ class MetricsWriter:
         self._events.write_event(Event(wall_time=time.time(), step=resumed_at + 1, session_log=restart))
 
     def write(self, step: int, values: dict[str, Any]) -> None:
-        """Append a row; everything about a step must be in one call."""
-        self._stream.write(json.dumps({"step": step} | values) + "\n")
+        """Append a row; everything about a step must be in one call. JSON has no NaN and no infinity: they are null."""
+        lost = lambda value: isinstance(value, float) and not math.isfinite(value)
+        row = {"step": step} | {name: None if lost(value) else value for name, value in values.items()}
+        self._stream.write(json.dumps(row, allow_nan=False) + "\n")
         self._stream.flush()
         scalars = [
             Summary.Value(tag=name, simple_value=value)
@@ -49,7 +51,7 @@ class MetricsWriter:
 
 
 def read_metrics(file: pathlib.Path) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl; a last line that a kill cut short is left out."""
+    """The rows of a metrics.jsonl, None for what was not finite; a last line that a kill cut short is left out."""
     if not file.exists():
         return []
     rows = []

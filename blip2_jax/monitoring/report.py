@@ -51,6 +51,7 @@ class Images:
 
 def chart(title: str, series: Mapping[str, Sequence[tuple[float, float]]], width: int = 340, height: int = 190) -> str:
     """Curves over the steps as an inline SVG; each is drawn pale, with a running mean in full colour."""
+    series = {name: curve for name, curve in series.items() if curve}
     points = [point for curve in series.values() for point in curve]
     if not points:
         return ""
@@ -95,7 +96,7 @@ def chart(title: str, series: Mapping[str, Sequence[tuple[float, float]]], width
 def curves(metrics: Sequence[Mapping[str, Any]]) -> str:
     """Losses by term, ITM accuracies, temperature, gradient norm and learning rate of a metrics.jsonl."""
     names = sorted({name for row in metrics for name in row})
-    series = lambda chosen: {n: [(r["step"], r[n]) for r in metrics if n in r] for n in chosen}
+    series = lambda chosen: {n: [(r["step"], r[n]) for r in metrics if r.get(n) is not None] for n in chosen}
     charts = [chart(name.replace("_", " "), {"": series([name])[name]}) for name in names if name.startswith("loss")]
     accuracies = [name for name in names if name.startswith("itm_accuracy")]
     if accuracies:
@@ -116,7 +117,7 @@ def evaluation_curves(metrics: Sequence[Mapping[str, Any]]) -> str:
         for name, value in row.items():
             # A source may be a path with slashes; what follows it begins with the kind of evaluation.
             found = re.fullmatch(r"eval/(.+?)/((?:retrieval|caption|question)/.+)", name)
-            if found and not re.search(r"/r(5|10)$", name):
+            if found and value is not None and not re.search(r"/r(5|10)$", name):
                 charts[found[2]][found[1]].append((row["step"], value))
     if all(len(curve) < 2 for chart_ in charts.values() for curve in chart_.values()):
         return ""
@@ -220,6 +221,10 @@ def write(file: pathlib.Path, title: str, body: str) -> None:
     files.write_text(file, page(title, body))
 
 
+def _number(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.3f}"
+
+
 def write_run(workdir: pathlib.Path) -> None:
     """WORKDIR/report.html from its metrics and its newest samples."""
     config = json.loads((workdir / "config.json").read_text())
@@ -229,7 +234,7 @@ def write_run(workdir: pathlib.Path) -> None:
     if evaluated:
         last = evaluated[-1]
         rows = "".join(
-            f"<tr><td>{html.escape(name.removeprefix('eval/'))}</td><td>{value:.3f}</td></tr>"
+            f"<tr><td>{html.escape(name.removeprefix('eval/'))}</td><td>{_number(value)}</td></tr>"
             for name, value in last.items()
             if name.startswith("eval/")
         )

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import collections
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
+import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -36,12 +38,42 @@ def parse_mesh(text: str, devices: int) -> tuple[int, ...]:
 
 
 def make_mesh(text: str, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The mesh of all devices, or of `devices`."""
+    """The mesh of all devices, or of `devices`.
+
+    A TPU pod of several slices has a fast network within each and a slower one between them: there `data` is divided
+    over the slices first, so that parts of one parameter never cross the slower network.
+
+    Raises:
+      ValueError: the mesh does not fit the devices, or `data` does not divide by the slices.
+    """
     devices = jax.devices() if devices is None else devices
-    # jax.make_mesh allows it for TPU v5e alone: an axis may take a part of a dimension of the chips' network, else
-    # fsdp=8 would have no place in a slice of 4x4x4.
-    ordered = mesh_utils.create_device_mesh(parse_mesh(text, len(devices)), devices, allow_split_physical_axes=True)
-    return Mesh(ordered, AXES, axis_types=(AxisType.Auto,) * 3)
+    sizes, slices = parse_mesh(text, len(devices)), count_slices(devices)
+    if sizes[0] % slices:
+        raise ValueError(
+            f"mesh {text!r}: data = {sizes[0]} does not divide by the {slices} slices of {len(devices) // slices} "
+            f"chips each: make it a multiple of {slices}, so that fsdp and tensor stay within a slice"
+        )
+    # Where no product of a chip network's axes makes an axis of ours, one of them may be divided.
+    options = {"devices": devices, "allow_split_physical_axes": True}
+    if slices == 1:
+        placed = mesh_utils.create_device_mesh(sizes, **options)
+    else:
+        placed = mesh_utils.create_hybrid_device_mesh((sizes[0] // slices, *sizes[1:]), (slices, 1, 1), **options)
+    return Mesh(placed, AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def count_slices(devices: Sequence[jax.Device]) -> int:
+    """Into how many slices a TPU pod's devices are divided; 1 elsewhere, where a slice_index says nothing of networks.
+
+    Raises:
+      ValueError: the slices are of different sizes.
+    """
+    if devices[0].platform != "tpu":
+        return 1
+    sizes = collections.Counter(getattr(device, "slice_index", 0) for device in devices)
+    if len(set(sizes.values())) > 1:
+        raise ValueError(f"the slices must have equally many chips, found {dict(sorted(sizes.items()))}")
+    return len(sizes)
 
 
 def abstract_mesh(text: str, devices: int) -> AbstractMesh:
@@ -59,8 +91,44 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(ROW_AXES))
 
 
-def check_batch_size(batch_size: int, mesh: Mesh) -> None:
-    """Raise ValueError unless the batch divides over the devices that share it."""
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
-    if batch_size % shards:
+def batch_shards(mesh: Mesh) -> int:
+    """Into how many parts the rows of a batch are divided."""
+    return math.prod(mesh.shape[axis] for axis in ROW_AXES)
+
+
+def check_batch_size(batch_size: int, mesh: Mesh, pieces: int = 1) -> None:
+    """Raise ValueError unless each of the pieces of a batch divides over the devices that share it."""
+    shards = batch_shards(mesh)
+    if batch_size < 1 or batch_size % shards:
         raise ValueError(f"batch_size {batch_size} does not divide over data x fsdp = {shards} devices")
+    if pieces < 1 or batch_size % (pieces * shards):
+        raise ValueError(
+            f"batch_size {batch_size} in pieces = {pieces} does not divide over data x fsdp = {shards} devices: "
+            f"batch_size must be a multiple of {shards} x pieces"
+        )
+
+
+def own_rows(batch_size: int, mesh: Mesh) -> np.ndarray:
+    """int[b]: which rows of a batch the devices of this process need, in ascending order; all if it is the only one."""
+    needed = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
+    return np.unique(np.concatenate([np.arange(batch_size)[index] for index in needed]))
+
+
+def global_batch(batch: Mapping[str, np.ndarray], batch_size: int, mesh: Mesh) -> dict[str, jax.Array]:
+    """The batch on the mesh, made of what every process has: the rows that `own_rows` says, [b, ...] -> [B, ...].
+
+    Raises:
+      ValueError: a field has another number of rows.
+    """
+    rows, sharding = own_rows(batch_size, mesh), batch_sharding(mesh)
+    for name, array in batch.items():
+        if len(array) != len(rows):
+            raise ValueError(f"{name} has {len(array)} rows, but the devices of this process need {len(rows)}")
+
+    def place(array: np.ndarray) -> jax.Array:
+        def part(index: tuple[slice, ...]) -> np.ndarray:
+            return array[np.searchsorted(rows, np.arange(batch_size)[index[0]])]
+
+        return jax.make_array_from_callback((batch_size, *array.shape[1:]), sharding, part)
+
+    return {name: place(np.asarray(array)) for name, array in batch.items()}

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from blip2_jax import params
@@ -31,7 +32,11 @@ PARAMETERS: params.Table[Spec] = [
     (r".*buckets/embedding", (None, "tensor")),
     (r".*(word_embeddings|embeddings|lm_head)/embedding", ("tensor", "fsdp")),
     (r".*(vision_proj|text_proj|language_projection|lm_head/dense)/kernel", ("fsdp", "tensor")),
-    (r".*", ()),
+    # Whole on every device: what is small, and what reads pixels, its channels being few.
+    (r".*/(scale|bias)", ()),
+    (r"(.*/)?(query_tokens|positions|class_token|temperature)", ()),
+    (r".*itm_head/kernel", ()),
+    (r"(.*/)?(patch_embedding|stem|depthwise|expand|project)/kernel", ()),
 ]
 
 
@@ -55,7 +60,40 @@ def shardings(tree: params.Tree, mesh: Mesh, table: params.Table[Spec] = PARAMET
     return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs(tree, mesh, table), is_leaf=is_spec)
 
 
+def state_shardings(state: Any, mesh: Mesh, sharded: bool = True, table: params.Table[Spec] = PARAMETERS) -> Any:
+    """A NamedSharding at every leaf of a training state, such as `checkpoints.store.TrainState`.
+
+    What the optimizer keeps of a parameter, its moments among it, lies like the parameter; counts and keys are whole on
+    every device.
+
+    Args:
+      state: has the parameters as `state.trainable`; arrays or their shapes.
+      mesh: that everything lies on.
+      sharded: False puts the whole state on every device.
+      table: of the parameters.
+    """
+    whole = NamedSharding(mesh, PartitionSpec())
+    places = params.flatten(shardings(state.trainable, mesh, table)) if sharded else {}
+    shapes = {path: leaf.shape for path, leaf in params.flatten(state.trainable).items()}
+
+    def place(keys: tuple, leaf: Any) -> NamedSharding:
+        names = jax.tree_util.keystr(keys, simple=True, separator="/").split("/")
+        ends = ("/".join(names[start:]) for start in range(len(names)))  # The longest first.
+        path = next((end for end in ends if end in places), None)
+        return places[path] if path and shapes[path] == leaf.shape else whole
+
+    return jax.tree_util.tree_map_with_path(place, state)
+
+
+def put(array: Any, sharding: NamedSharding) -> jax.Array:
+    """An array that every process has whole, placed on all their devices without a word between them."""
+    if sharding.is_fully_addressable:
+        return jax.device_put(array, sharding)
+    array = np.asarray(array)
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+
 def placer(tree: params.Tree, mesh: Mesh, table: params.Table[Spec] = PARAMETERS) -> Callable[[str, Any], jax.Array]:
     """(path, array) -> the array where it belongs; for readers that go through a tree leaf by leaf."""
     places = params.flatten(shardings(tree, mesh, table))
-    return lambda path, array: jax.device_put(array, places[path])
+    return lambda path, array: put(array, places[path])

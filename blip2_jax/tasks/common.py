@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
+from jax.sharding import Mesh
 
 from blip2_jax import params
 from blip2_jax.checkpoints import frozen, mapping
@@ -27,6 +28,8 @@ from blip2_jax.data.text import CaptionTokenizer, clean_caption
 from blip2_jax.evaluation.batches import in_batches
 from blip2_jax.models.blip2 import Blip2Config
 from blip2_jax.models.qformer import QFormer
+from blip2_jax.parallel import mesh as meshes
+from blip2_jax.parallel import sharding
 
 Metrics = dict[str, jax.Array]
 
@@ -43,6 +46,7 @@ class Task(abc.ABC):
 
     name: str
     model: nn.Module
+    mesh: Mesh | None = None  # What frozen parameters are spread over, if it is set before they are read.
 
     def __init__(self, config: ml_collections.ConfigDict, dtype: Any = None):
         """Build the modules; weights and tokenizers are read when they are first needed.
@@ -101,6 +105,13 @@ class Task(abc.ABC):
     ) -> tuple[jax.Array, Metrics]:
         """The training loss of a batch, float32[], and what to log."""
 
+    def value_and_gradients(
+        self, trainable: params.Tree, frozen: params.Tree, batch: Batch, key: jax.Array
+    ) -> tuple[tuple[jax.Array, Metrics], params.Tree]:
+        """((loss float32[], what to log), the gradient of the loss at every trainable leaf)."""
+        objective = functools.partial(self.loss, frozen=frozen, batch=batch, key=key)
+        return jax.value_and_grad(objective, has_aux=True)(trainable)
+
     @abc.abstractmethod
     def read_image(self, model: nn.Module, image_embeds: jax.Array) -> jax.Array:
         """The pass in which the queries of this stage's `model` read an image."""
@@ -113,7 +124,11 @@ class Task(abc.ABC):
 
     @functools.cached_property
     def vision_parameters(self) -> params.Tree:
-        return frozen.load_vision(self.parts["vision"], self.encoder, self.dtype)
+        return frozen.load_vision(self.parts["vision"], self.encoder, self.dtype, self.put("vision"))
+
+    def put(self, part: str) -> mapping.Put:
+        """Where the parameters of a frozen tree go as they are read: to their places on the mesh, if there is one."""
+        return sharding.placer(self.frozen_shapes()[part], self.mesh) if self.mesh else mapping.to_device
 
     @property
     def caption_tokenizer_folder(self) -> pathlib.Path:
@@ -156,6 +171,8 @@ class Task(abc.ABC):
 
     def encode(self, images: np.ndarray) -> jax.Array:
         """uint8[B, S, S, 3] -> image_embeds float[B, P, D], by the frozen encoder."""
+        if self.mesh and len(images) % meshes.batch_shards(self.mesh) == 0:
+            images = jax.device_put(images, meshes.batch_sharding(self.mesh))
         return self._encode(self.vision_parameters, images)
 
     def image_embeds(self, frozen_params: params.Tree, batch: Batch) -> jax.Array:
@@ -192,10 +209,6 @@ class Task(abc.ABC):
     def has_bert(self) -> bool:
         """Whether config.bert has weights that the Q-Former can start from, not only sizes and a tokenizer."""
         return "qformer_config" not in self.parts["bert"].config
-
-    def decay_table(self) -> params.Table[bool]:
-        """Which parameters weight decay pulls: not norms, biases and the temperature."""
-        return [(r".*/(bias|scale)|temperature", False), (r".*", True)]
 
     def rate_table(self, trainable: params.Tree) -> params.Table[float]:
         """Multipliers of the learning rate."""

@@ -51,7 +51,7 @@ class Stage2(Task):
 
     @functools.cached_property
     def _language(self) -> params.Tree:
-        return frozen.load_language_model(self.parts["llm"], self.language_model, self.dtype)
+        return frozen.load_language_model(self.parts["llm"], self.language_model, self.dtype, self.put("language"))
 
     @functools.cached_property
     def tokenizer(self) -> LanguageTokenizer:

@@ -37,12 +37,12 @@ PARTS = [
 ]
 
 
-def batches(seed, threads=0, parts=PARTS):
+def batches(seed, threads=0, parts=PARTS, rows=None):
     def collate(examples):
         numbers = {name: np.array([float(example[name]) for example in examples]) for name in ("key", "luck")}
         return pipeline.collate_images(examples) | numbers
 
-    return iter(pipeline.training_batches(parts, collate, 5, seed, threads))
+    return iter(pipeline.training_batches(parts, collate, 5, seed, threads, rows))
 
 
 def draw(iterator, count):
@@ -56,6 +56,30 @@ def test_a_restored_iterator_goes_on_with_the_exact_next_batch(threads):
     draw(first, 5)
     second.set_state(first.get_state())
     chex.assert_trees_all_equal(draw(second, 7), whole[5:])
+
+
+def test_processes_share_the_rows_of_the_same_batches():
+    whole = draw(batches(1), 6)
+    for rows in ([0, 1], [2, 3, 4], [1, 3]):
+        expected = [{name: array[rows] for name, array in batch.items()} for batch in whole]
+        own = batches(1, threads=2, rows=rows)
+        chex.assert_trees_all_equal(draw(own, 2), expected[:2])
+        again = batches(1, rows=rows)
+        again.set_state(own.get_state())
+        chex.assert_trees_all_equal(draw(again, 4), expected[2:])
+
+
+def test_a_process_reads_only_its_own_rows():
+    read = []
+
+    class Watched(Squares):
+        def __getitem__(self, index):
+            read.append(index)
+            return super().__getitem__(index)
+
+    parts = [pipeline.Part(Pictures("a", Watched(), View(4, count=1)), lambda e, rng: e | {"luck": 0.0})]
+    keys = [key for batch in draw(batches(0, parts=parts, rows=[1, 4]), 3) for key in batch["key"]]
+    assert read == keys
 
 
 def test_the_seed_decides_the_order():

@@ -60,6 +60,22 @@ def test_a_resumed_run_writes_no_step_twice(tmp_path):
     ]
 
 
+def test_what_is_not_finite_is_null(tmp_path):
+    writer = MetricsWriter(tmp_path, 0)
+    for step, loss in ((1, 2.0), (2, float("nan")), (3, float("inf")), (4, 1.0)):
+        writer.write(step, {"loss": loss, "loss_itc": float("nan"), "itm_accuracy_positive": loss})
+    writer.close()
+    text = (tmp_path / "metrics.jsonl").read_text()
+    assert "NaN" not in text
+    assert "Infinity" not in text
+    MetricsWriter(tmp_path, 4).close()  # A resumed run reads and writes it again.
+    rows = read_metrics(tmp_path / "metrics.jsonl")
+    assert [row["loss"] for row in rows] == [2.0, None, None, 1.0]
+    page = report.curves([*rows, {"step": 5, "itm_accuracy_negative": None}])
+    assert page.count("<polyline") == 4  # Two curves, each pale and smooth.
+    assert "None" not in page
+
+
 def read_events(file):
     """TFRecords: length uint64, its checksum uint32, an Event, its checksum uint32."""
     content, position = file.read_bytes(), 0

@@ -54,6 +54,7 @@ class Run:
         self.mesh = meshes.make_mesh(config.mesh)
         self._check()
         self.task = tasks.create(config)
+        meshes.check_batch_size(config.batch_size, self.mesh, self.task.rows_in_step())
         self.task.mesh = self.mesh
         starting_point = tasks.starting_point(self.task)
         parts = self.task.training_parts()
@@ -77,7 +78,7 @@ class Run:
     def _check(self) -> None:
         """Raise ValueError for settings that could not work, before anything is read."""
         config = self.config
-        meshes.check_batch_size(config.batch_size, self.mesh, config.get("pieces", 1))
+        meshes.check_batch_size(config.batch_size, self.mesh)
         for name in ("total_steps", "max_skipped_in_a_row"):
             if not config[name] > 0:
                 raise ValueError(f"{name} must be above 0, found {config[name]}")
@@ -86,7 +87,7 @@ class Run:
                 f"{jax.process_count()} processes train, but evaluate and compute image tokens before training only "
                 "alone: set data.eval='' and data.feature_views=0, and evaluate the workdir with one process"
             )
-        self.compat = compat.resolve(config.get("compat", compat.block()))
+        self.compat = compat.resolve(config.compat)
         self.schedule = optimizer.schedule(config.optimizer, config.total_steps, self.compat.epoch_schedule)
 
     def _prepare_step(self, trainable: params.Tree, rng: jax.Array) -> None:

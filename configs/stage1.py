@@ -7,6 +7,8 @@ python -m blip2_jax.main --config=configs/stage1.py:eva_g --workdir=DIR --config
 
 from ml_collections import ConfigDict
 
+from blip2_jax import compat
+
 
 def get_config(variant: str = "nano") -> ConfigDict:
     variants = {"nano": nano, "nano_long": nano_long, "clip_l": clip_l, "eva_g": eva_g}
@@ -27,6 +29,7 @@ def nano() -> ConfigDict:
     config.keep_checkpoints = 2
     config.eval_every = 0  # Only at the end.
     config.mesh = "data=-1,fsdp=1,tensor=1"
+    config.pieces = 1  # In which a batch goes through the model, to save memory; the gradient is that of the whole.
     config.shard_trainable = True  # Over fsdp and tensor, as the frozen parts are; False: whole on every device.
     config.max_skipped_in_a_row = 20  # So many steps that are not finite end the run.
 
@@ -64,8 +67,10 @@ def nano() -> ConfigDict:
     config.objective.itc = 1.0
     config.objective.itm = 1.0
     config.objective.itg = 1.0
-    config.objective.itm_share = 0.125  # Of the batch's rows, to save time.
+    config.objective.itm_share = 0.125  # Of the batch's rows, every eighth, to save time.
     config.objective.itg_share = 0.25
+    config.objective.block = 512  # Captions that ITC compares at once with a device's images.
+    config.objective.exchange = "ring"  # How wrong images travel between devices; see blip2_jax/parallel/exchange.py.
     config.objective.label_smoothing = 0.1
     # A language head that BERT does not bring starts from the token frequencies of so many captions; 0: from zeros.
     config.objective.itg_prior = 4096
@@ -84,6 +89,8 @@ def nano() -> ConfigDict:
     config.optimizer.clip_norm = 1.0
     config.optimizer.warmup_rate = 0.0  # Where warm-up starts.
     config.optimizer.steps_per_epoch = 0  # For compat.epoch_schedule.
+
+    config.compat = compat.block()  # What is to be done as LAVIS does it; see blip2_jax/compat.py.
 
     config.evaluation = ConfigDict()
     config.evaluation.batch_size = 64

@@ -5,6 +5,8 @@ python -m blip2_jax.main --config=configs/stage2.py --workdir=DIR --config.init=
 
 from ml_collections import ConfigDict
 
+from blip2_jax import compat
+
 
 def get_config(variant: str = "nano") -> ConfigDict:
     variants = {
@@ -34,6 +36,7 @@ def nano() -> ConfigDict:
     config.keep_checkpoints = 2
     config.eval_every = 0  # Only at the end.
     config.mesh = "data=-1,fsdp=1,tensor=1"
+    config.pieces = 1  # In which a batch goes through the model, to save memory; the gradient is that of the whole.
     config.shard_trainable = True  # Over fsdp and tensor, as the frozen parts are; False: whole on every device.
     config.max_skipped_in_a_row = 20  # So many steps that are not finite end the run.
 
@@ -41,6 +44,7 @@ def nano() -> ConfigDict:
     config.bert = "nano:"
     config.llm = "nano:"
     config.llm_activation = ""  # "gelu": Flan-T5 with exact GELU, as LAVIS runs it; "": the model's own.
+    config.llm_remat = False  # Recompute the language model's layers in the backward pass: less memory, more time.
     config.instruct = False  # The Q-Former reads the instruction, as InstructBLIP's.
     config.init = ""  # A stage-1 workdir; "scratch" trains without stage 1.
     config.image_size = 160
@@ -59,6 +63,8 @@ def nano() -> ConfigDict:
     config.data.begin = "<|endoftext|>"
     config.data.bos = ""  # Stands between the soft prompt and the text: "</s>" in the paper's OPT models; "": nothing.
     config.data.prompt = "A drawing of"
+    # For encoder-decoders, as in the paper: the encoder reads the beginning of a caption, the decoder writes the rest.
+    config.data.split_captions = False
     # What ends a text: as in the paper's OPT models; "" is the model's own token, which it hardly expects here.
     config.data.end = "\n"
     config.data.question = "Question: category? Answer:"
@@ -92,6 +98,8 @@ def nano() -> ConfigDict:
     config.optimizer.clip_norm = 1.0
     config.optimizer.warmup_rate = 0.0  # Where warm-up starts.
     config.optimizer.steps_per_epoch = 0  # For compat.epoch_schedule.
+
+    config.compat = compat.block()  # What is to be done as LAVIS does it; see blip2_jax/compat.py.
 
     config.evaluation = ConfigDict()
     config.evaluation.batch_size = 64
@@ -127,6 +135,7 @@ def opt_2_7b() -> ConfigDict:
     config.vision = "lavis:eva_vit_g.pth"
     config.bert = "hf:google-bert/bert-base-uncased"
     config.llm = "hf:facebook/opt-2.7b"
+    config.llm_remat = True
     config.image_size = 224
     config.data.train = ""  # Yours.
     config.data.questions = ""
@@ -162,7 +171,7 @@ def opt_6_7b() -> ConfigDict:
 
 
 def instruct_vicuna_7b() -> ConfigDict:
-    """InstructBLIP with Vicuna-7B: to import, look at and export; how it was trained is not published."""
+    """InstructBLIP with Vicuna-7B: to import, export and train on; what it was trained with is not published."""
     config = opt_2_7b()
     config.llm = "hf:lmsys/vicuna-7b-v1.1"
     config.data.bos = ""
@@ -174,6 +183,7 @@ def instruct_vicuna_7b() -> ConfigDict:
 def instruct_flan_t5_xl() -> ConfigDict:
     """InstructBLIP with Flan-T5-XL, whose GELU is exact there."""
     config = flan_t5_xl()
+    config.data.split_captions = False
     config.instruct = True
     config.llm_activation = "gelu"
     return config
@@ -188,6 +198,7 @@ def flan_t5_xl() -> ConfigDict:
     config.llm = "hf:google/flan-t5-xl"
     config.data.bos = ""
     config.data.end = ""
+    config.data.split_captions = True
     return config
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
 import pathlib
+import re
 import tempfile
 
 # Before jax starts: eight devices, so that meshes can be tested anywhere.
@@ -14,9 +16,11 @@ import numpy as np
 import pytest
 
 from blip2_jax import trainer
-from tests import tiny
+from blip2_jax.parallel import processes as cluster
+from tests import processes, tiny
 
-jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_num_cpu_devices", int(os.environ.get("JAX_NUM_CPU_DEVICES", 8)))
+cluster.join(None)  # One of several, if `--processes` has started it.
 # Runs that are resumed and repeated compile the same programs.
 jax.config.update("jax_compilation_cache_dir", tempfile.mkdtemp(prefix="blip2_jax_compiled_"))
 
@@ -25,6 +29,26 @@ def pytest_addoption(parser):
     parity = parser.getgroup("parity", "comparison with the originals (tests/parity)")
     parity.addoption("--golden", default=str(pathlib.Path(__file__).parent / "golden"), help="folder of golden cases")
     parity.addoption("--mesh", default="", help='mesh of fake devices, such as "data=2,fsdp=2"; default one device')
+    parity.addoption("--processes", default=1, type=int, help="run every test in so many processes that share the mesh")
+    parity.addoption(
+        "--strict", action="store_true", help="what is not built yet, or has nothing to test, is a failure"
+    )
+
+
+def pytest_cmdline_main(config) -> int | None:
+    """With --processes the session runs in so many processes at once; the first one shows what it does."""
+    count, mesh = config.getoption("--processes"), config.getoption("--mesh")
+    if count == 1:
+        return None
+    devices = math.prod(int(size) for size in re.findall(r"=(\d+)", mesh))
+    if not mesh or devices % count:
+        raise pytest.UsageError(f"--processes={count} needs a --mesh whose devices they share evenly, found {mesh!r}")
+    arguments = [*config.invocation_params.args, "--processes=1"]
+    ended = processes.run(["pytest", *arguments], count, devices, show_first=True, timeout=7200)
+    failed = [(number, end) for number, end in enumerate(ended) if end.code]
+    for number, end in failed:
+        print(f"process {number} of {count} ended with {end.code}:\n{end.output[-3000:]}")
+    return failed[0][1].code if failed else 0
 
 
 @pytest.fixture

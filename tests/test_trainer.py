@@ -341,7 +341,7 @@ def test_captions_and_questions_share_a_batch(folder, stage1, tmp_path):
     tokenizer, found = run.task.tokenizer, []
     for _ in range(4):
         batch = next(run.data)
-        row = run.task._row(batch)
+        row = run.task.language_loss.texts(batch)
         for ids, mask in zip(np.asarray(row.ids), np.asarray(row.mask), strict=True):
             found.append(tokenizer.decode(ids[mask]))
     assert sum(text == "Question: category? Answer: shapes" for text in found) == 16

@@ -79,9 +79,8 @@ def bert(directory: pathlib.Path, layers: int = 3, width: int = 24, head: bool =
     return save(directory, config, tensors, tokenizer)
 
 
-def llama(directory: pathlib.Path, tied: bool = True) -> pathlib.Path:
-    """A Hugging Face Llama with a byte-level tokenizer; 20 wide, 44 in its MLP, sizes that nothing else here has."""
-    rng = np.random.default_rng(2)
+def _byte_level_tokenizer() -> Tokenizer:
+    """What the language models here read; token 0 starts a text, 2 ends it."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -92,6 +91,12 @@ def llama(directory: pathlib.Path, tied: bool = True) -> pathlib.Path:
         vocab_size=300, special_tokens=special, initial_alphabet=alphabet, show_progress=False
     )
     tokenizer.train_from_iterator(corpus, trainer)
+    return tokenizer
+
+
+def llama(directory: pathlib.Path, tied: bool = True) -> pathlib.Path:
+    """A Hugging Face Llama with a byte-level tokenizer; 20 wide, 44 in its MLP, sizes that nothing else here has."""
+    rng, tokenizer = np.random.default_rng(2), _byte_level_tokenizer()
     width, mlp, layers, vocabulary = 20, 44, 2, tokenizer.get_vocab_size()
     config = {
         "model_type": "llama",
@@ -126,6 +131,46 @@ def llama(directory: pathlib.Path, tied: bool = True) -> pathlib.Path:
             tensors[f"{prefix}{name}.weight"] = normal(out, into)
         for name in ("input_layernorm", "post_attention_layernorm"):
             tensors[f"{prefix}{name}.weight"] = 1 + normal(width)
+    return save(directory, config, tensors, tokenizer)
+
+
+def t5(directory: pathlib.Path) -> pathlib.Path:
+    """A Hugging Face T5 v1.1 with the tokenizer of the Llama."""
+    rng, tokenizer = np.random.default_rng(4), _byte_level_tokenizer()
+    width, mlp, heads, size, vocabulary = 20, 36, 2, 6, tokenizer.get_vocab_size()
+    config = {
+        "model_type": "t5",
+        "feed_forward_proj": "gated-gelu",
+        "vocab_size": vocabulary,
+        "d_model": width,
+        "d_ff": mlp,
+        "d_kv": size,
+        "num_layers": 2,
+        "num_decoder_layers": 2,
+        "num_heads": heads,
+        "relative_attention_num_buckets": 8,
+        "relative_attention_max_distance": 16,
+        "layer_norm_epsilon": 1e-6,
+        "dropout_rate": 0.1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+    }
+    normal = lambda *shape: 0.2 * rng.normal(size=shape)
+    tensors = {name: normal(vocabulary, width) for name in ("shared.weight", "lm_head.weight")}
+    shapes = dict.fromkeys("qkv", (heads * size, width)) | {"o": (width, heads * size)}
+    for side, blocks in (("encoder", ("SelfAttention",)), ("decoder", ("SelfAttention", "EncDecAttention"))):
+        tensors[f"{side}.final_layer_norm.weight"] = 1 + normal(width)
+        first = f"{side}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
+        tensors[first] = normal(8, heads)
+        for layer in range(2):
+            prefix = f"{side}.block.{layer}.layer."
+            for number, block in enumerate(blocks):
+                tensors |= {f"{prefix}{number}.{block}.{name}.weight": normal(*shape) for name, shape in shapes.items()}
+            for number in range(len(blocks) + 1):
+                tensors[f"{prefix}{number}.layer_norm.weight"] = 1 + normal(width)
+            mlp_shapes = {"wi_0": (mlp, width), "wi_1": (mlp, width), "wo": (width, mlp)}
+            for name, shape in mlp_shapes.items():
+                tensors[f"{prefix}{len(blocks)}.DenseReluDense.{name}.weight"] = normal(*shape)
     return save(directory, config, tensors, tokenizer)
 
 

@@ -155,6 +155,8 @@ def opt_config(config: dict[str, Any], **changes: Any) -> OPTConfig:
         "mlp_width": config["ffn_dim"],
         "tied_head": config.get("tie_word_embeddings", True),
         "max_positions": config["max_position_embeddings"],
+        "dropout": config.get("dropout", 0.1),
+        "attention_dropout": config.get("attention_dropout", 0.0),
     }
     return OPTConfig(**(fields | changes))
 
@@ -216,6 +218,7 @@ def t5_config(config: dict[str, Any], **changes: Any) -> T5Config:
         "buckets": config["relative_attention_num_buckets"],
         "max_distance": config.get("relative_attention_max_distance", 128),
         "norm_epsilon": config["layer_norm_epsilon"],
+        "dropout": config.get("dropout_rate", 0.1),
     }
     return T5Config(**(fields | changes))
 

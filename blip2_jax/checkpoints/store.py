@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint.experimental.v1 as ocp
 
-from blip2_jax import params
+from blip2_jax import compat, params
 
 
 @dataclasses.dataclass
@@ -157,11 +157,14 @@ _LATER_IN_BOTH = {
     "optimizer/steps_per_epoch": 0,
     "optimizer/warmup_rate": 0.0,
     "max_skipped_in_a_row": 20,
+    "pieces": 1,
     "shard_trainable": True,
+    **params.flatten({"compat": compat.block().to_dict()}),
 }
 _LATER = {
-    "stage1": _LATER_IN_BOTH,
-    "stage2": _LATER_IN_BOTH | {"data/bos": "", "instruct": False, "llm_activation": ""},
+    "stage1": _LATER_IN_BOTH | {"objective/block": 512, "objective/exchange": "ring"},
+    "stage2": _LATER_IN_BOTH
+    | {"data/bos": "", "data/split_captions": False, "instruct": False, "llm_activation": "", "llm_remat": False},
 }
 
 

@@ -75,7 +75,7 @@ class ImageFeatures(NamedTuple):
 
 
 class ImageTextModel(nn.Module):
-    """Stage 1: the Q-Former with the heads of its three objectives."""
+    """Stage 1: the Q-Former with the heads of its three objectives; see `QFormer` for the passes and `dropout_rows`."""
 
     config: Blip2Config
 
@@ -93,14 +93,16 @@ class ImageTextModel(nn.Module):
         """float[B, P, D_image], raw from the encoder -> what the passes below take as `image`."""
         return self.qformer.project_image(self.ln_vision(image_embeds))
 
-    def image_features(self, image: KeyValue, *, deterministic: bool = True) -> ImageFeatures:
+    def image_features(self, image: KeyValue, *, dropout_rows: jax.Array | None = None) -> ImageFeatures:
         """The queries read the image alone."""
-        query_output, cache = self.qformer.encode_queries(image, deterministic=deterministic)
+        query_output, cache = self.qformer.encode_queries(image, dropout_rows=dropout_rows)
         return ImageFeatures(_unit(self.vision_proj(query_output)), query_output, cache)
 
-    def text_features(self, text_ids: jax.Array, text_mask: jax.Array, *, deterministic: bool = True) -> jax.Array:
+    def text_features(
+        self, text_ids: jax.Array, text_mask: jax.Array, *, dropout_rows: jax.Array | None = None
+    ) -> jax.Array:
         """int[B, T], bool[B, T] -> float32[B, E] of unit length."""
-        text = self.qformer.encode_text(text_ids, text_mask, deterministic=deterministic)
+        text = self.qformer.encode_text(text_ids, text_mask, dropout_rows=dropout_rows)
         if self.config.text_pooling == "mean":
             weight = text_mask.astype(text.dtype)[..., None]
             pooled = (text * weight).sum(1) / jnp.maximum(weight.sum(1), 1)
@@ -109,15 +111,15 @@ class ImageTextModel(nn.Module):
         return _unit(self.text_proj(pooled))
 
     def match(
-        self, image: KeyValue, text_ids: jax.Array, text_mask: jax.Array, *, deterministic: bool = True
+        self, image: KeyValue, text_ids: jax.Array, text_mask: jax.Array, *, dropout_rows: jax.Array | None = None
     ) -> jax.Array:
-        """Logits of {no match, match}, averaged over the queries: float32[B, 2]."""
-        query_output, _ = self.qformer.encode_pair(image, text_ids, text_mask, deterministic=deterministic)
+        """Logits of {no match, match}, averaged over the queries: float32[B, 2]; N texts an image as `encode_pair`."""
+        query_output, _ = self.qformer.encode_pair(image, text_ids, text_mask, dropout_rows=dropout_rows)
         return self.itm_head(query_output).astype(jnp.float32).mean(1)
 
-    def caption_features(self, cache: QFormerCache, text_ids, text_mask, *, deterministic: bool = True):
+    def caption_features(self, cache: QFormerCache, text_ids, text_mask, *, dropout_rows: jax.Array | None = None):
         """Image-grounded generation; see `QFormer.decode_text`."""
-        return self.qformer.decode_text(cache, text_ids, text_mask, deterministic=deterministic)
+        return self.qformer.decode_text(cache, text_ids, text_mask, dropout_rows=dropout_rows)
 
 
 class SoftPromptModel(nn.Module):
@@ -133,7 +135,7 @@ class SoftPromptModel(nn.Module):
         instruction_ids: jax.Array | None = None,
         instruction_mask: jax.Array | None = None,
         *,
-        deterministic: bool = True,
+        dropout_rows: jax.Array | None = None,
     ) -> jax.Array:
         """float[B, P, D_image] -> soft prompt float[B, Q, D_language].
 
@@ -144,7 +146,7 @@ class SoftPromptModel(nn.Module):
         qformer = QFormer(c.qformer, name="qformer")
         image = qformer.project_image(ImageTokens(c, name="ln_vision")(image_embeds))
         if instruction_ids is None:
-            query_output, _ = qformer.encode_queries(image, deterministic=deterministic)
+            query_output, _ = qformer.encode_queries(image, dropout_rows=dropout_rows)
         else:
-            query_output, _ = qformer.encode_pair(image, instruction_ids, instruction_mask, deterministic=deterministic)
+            query_output, _ = qformer.encode_pair(image, instruction_ids, instruction_mask, dropout_rows=dropout_rows)
         return nn.Dense(self.language_width, dtype=c.qformer.dtype, name="language_projection")(query_output)

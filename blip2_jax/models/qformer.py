@@ -14,7 +14,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from blip2_jax.models.layers import KeyValue, attention_weights, causal_mask, dot_product_attention
+from blip2_jax.models.layers import Dropout, KeyValue, attention_weights, causal_mask, dot_product_attention
+from blip2_jax.parallel.rows import rows_of
 
 _initializer = nn.initializers.normal(0.02)
 
@@ -100,7 +101,7 @@ class SelfAttention(nn.Module):
     config: QFormerConfig
 
     @nn.compact
-    def __call__(self, x, mask, past: KeyValue | None, deterministic: bool):
+    def __call__(self, x, mask, past: KeyValue | None, dropout_rows):
         c = self.config
         dense = lambda name: nn.DenseGeneral(
             (c.heads, c.width // c.heads), kernel_init=_initializer, dtype=c.dtype, name=name
@@ -110,31 +111,41 @@ class SelfAttention(nn.Module):
         if past is not None:
             key = jnp.concatenate([past.key, key], axis=1)
             value = jnp.concatenate([past.value, value], axis=1)
-        return _attend(self, query, key, value, mask, x, deterministic), present
+        return _attend(self, query, key, value, mask, x, dropout_rows), present
 
 
 class CrossAttention(nn.Module):
-    """Queries read the image, whose keys and values are projected elsewhere, once for all passes."""
+    """Queries read the image, whose keys and values are projected elsewhere, once for all passes.
+
+    Several rows of queries in a row may share an image; as queries do not see each other here, they read it as one.
+    """
 
     config: QFormerConfig
 
     @nn.compact
-    def __call__(self, x, image: KeyValue, deterministic: bool):
+    def __call__(self, x, image: KeyValue, dropout_rows):
         c = self.config
         head = (c.heads, c.width // c.heads)
         query = nn.DenseGeneral(head, kernel_init=_initializer, dtype=c.dtype, name="query")(x)
-        return _attend(self, query, image.key, image.value, None, x, deterministic)
+        return _attend(self, query, image.key, image.value, None, x, dropout_rows)
 
 
-def _attend(module: nn.Module, query, key, value, mask, residual, deterministic: bool) -> jax.Array:
+def _attend(module: nn.Module, query, key, value, mask, residual, dropout_rows) -> jax.Array:
     """Attention, output projection, dropout, residual and LayerNorm, as submodules of the calling module."""
     c = module.config
-    module.sow("intermediates", "weights", attention_weights(query, key, mask))  # Kept only for those who ask.
-    rate = 0.0 if deterministic else c.attention_dropout
+    shared = len(query) // len(key)
+    # Only where rows share an image are the rows of `query` more than those of `key`: they stand side by side.
+    together = query.reshape(len(key), shared * query.shape[1], *query.shape[2:])
+    module.sow("intermediates", "weights", attention_weights(together, key, mask))  # Kept only for those who ask.
+    rate = 0.0 if dropout_rows is None else c.attention_dropout
     dropout_key = module.make_rng("dropout") if rate else None
-    x = dot_product_attention(query, key, value, mask, dropout_rate=rate, dropout_key=dropout_key)
+    # The weights of the rows that share an image are dropped by the number of the first of them.
+    first = dropout_rows[::shared] if rate else None
+    x = dot_product_attention(
+        together, key, value, mask, dropout_rate=rate, dropout_key=dropout_key, dropout_rows=first
+    ).reshape(query.shape)
     x = nn.DenseGeneral(c.width, axis=(-2, -1), kernel_init=_initializer, dtype=c.dtype, name="output")(x)
-    x = nn.Dropout(c.dropout)(x, deterministic=deterministic)
+    x = Dropout(c.dropout)(x, dropout_rows)
     return nn.LayerNorm(c.norm_epsilon, dtype=c.dtype, name="norm")(x + residual)
 
 
@@ -144,13 +155,13 @@ class FeedForward(nn.Module):
     config: QFormerConfig
 
     @nn.compact
-    def __call__(self, x, deterministic: bool):
+    def __call__(self, x, dropout_rows):
         c = self.config
         h = jax.nn.gelu(
             nn.Dense(c.mlp_width, kernel_init=_initializer, dtype=c.dtype, name="intermediate")(x), approximate=False
         )
         h = nn.Dense(c.width, kernel_init=_initializer, dtype=c.dtype, name="output")(h)
-        h = nn.Dropout(c.dropout)(h, deterministic=deterministic)
+        h = Dropout(c.dropout)(h, dropout_rows)
         return nn.LayerNorm(c.norm_epsilon, dtype=c.dtype, name="norm")(x + h)
 
 
@@ -161,20 +172,21 @@ class Layer(nn.Module):
     cross_attention: bool
 
     @nn.compact
-    def __call__(self, hidden, mask, image: KeyValue | None, past: KeyValue | None, deterministic: bool):
+    def __call__(self, hidden, mask, image: KeyValue | None, past: KeyValue | None, dropout_rows):
         queries, text = hidden
         parts = [part for part in hidden if part is not None]
         x = jnp.concatenate(parts, axis=1)
-        x, present = SelfAttention(self.config, name="attention")(x, mask, past, deterministic)
+        x, present = SelfAttention(self.config, name="attention")(x, mask, past, dropout_rows)
         split = 0 if queries is None else queries.shape[1]
         if queries is not None:
             queries = x[:, :split]
             if self.cross_attention:
-                queries = CrossAttention(self.config, name="cross_attention")(queries, image, deterministic)
-            queries = FeedForward(self.config, name="query_mlp")(queries, deterministic)
+                queries = CrossAttention(self.config, name="cross_attention")(queries, image, dropout_rows)
+            queries = FeedForward(self.config, name="query_mlp")(queries, dropout_rows)
         if text is not None:
-            text = FeedForward(self.config, name="text_mlp")(x[:, split:], deterministic)
-        return (queries, text), present
+            text = FeedForward(self.config, name="text_mlp")(x[:, split:], dropout_rows)
+        keep = lambda x: None if x is None else rows_of(len(x)).keep(x)
+        return (keep(queries), keep(text)), present
 
 
 class LayerGroup(nn.Module):
@@ -182,15 +194,14 @@ class LayerGroup(nn.Module):
 
     config: QFormerConfig
     layers: int
-    deterministic: bool
 
     @nn.compact
-    def __call__(self, hidden, mask, image: KeyValue | None, past: tuple[KeyValue, ...] | None):
+    def __call__(self, hidden, mask, image: KeyValue | None, past: tuple[KeyValue, ...] | None, dropout_rows):
         presents = []
         for index in range(self.layers):
             layer = Layer(self.config, cross_attention=index == 0, name=f"layer_{index}")
             layer_past = None if past is None else past[index]
-            hidden, present = layer(hidden, mask, image, layer_past, self.deterministic)
+            hidden, present = layer(hidden, mask, image, layer_past, dropout_rows)
             presents.append(present)
         return hidden, tuple(presents)
 
@@ -213,7 +224,7 @@ class Transformer(nn.Module):
     config: QFormerConfig
 
     @nn.compact
-    def __call__(self, hidden, mask, image: KeyValue | None, past: QFormerCache | None, deterministic: bool):
+    def __call__(self, hidden, mask, image: KeyValue | None, past: QFormerCache | None, dropout_rows):
         c = self.config
         group = nn.remat(LayerGroup, prevent_cse=False) if c.remat else LayerGroup
         groups, tail = c.scanned_groups, c.layers % c.cross_attention_every
@@ -223,17 +234,17 @@ class Transformer(nn.Module):
                 group,
                 variable_axes={"params": 0, "intermediates": 0},
                 split_rngs={"params": True, "dropout": True},
-                in_axes=(nn.broadcast, 0, 0),
+                in_axes=(nn.broadcast, 0, 0, nn.broadcast),
                 length=groups,
                 unroll=min(c.unroll, groups),
             )
             scanned_image = jax.tree.map(lambda x: x[:groups], image)
-            stack = scan(c, c.cross_attention_every, deterministic, name="groups")
-            hidden, presents = stack(hidden, mask, scanned_image, None if past is None else past.groups)
+            stack = scan(c, c.cross_attention_every, name="groups")
+            hidden, presents = stack(hidden, mask, scanned_image, None if past is None else past.groups, dropout_rows)
         if tail:
             tail_image = jax.tree.map(lambda x: x[groups], image)
-            last = group(c, tail, deterministic, name="tail")
-            hidden, tail_presents = last(hidden, mask, tail_image, None if past is None else past.tail)
+            last = group(c, tail, name="tail")
+            hidden, tail_presents = last(hidden, mask, tail_image, None if past is None else past.tail, dropout_rows)
         return hidden, QFormerCache(presents, tail_presents)
 
 
@@ -249,7 +260,7 @@ class ImageProjection(nn.Module):
 
         def project(name: str) -> jax.Array:
             dense = nn.DenseGeneral(shape, kernel_init=_initializer, dtype=c.dtype, name=name)  # [B, P, C, H, d]
-            return jnp.moveaxis(dense(image_embeds), 2, 0)
+            return rows_of(len(image_embeds)).keep(jnp.moveaxis(dense(image_embeds), 2, 0), axis=1)
 
         return KeyValue(project("key"), project("value"))
 
@@ -268,7 +279,11 @@ class LanguageHead(nn.Module):
 
 
 class QFormer(nn.Module):
-    """The passes that the objectives are made of. Parameters exist for the passes that initialisation runs."""
+    """The passes that the objectives are made of. Parameters exist for the passes that initialisation runs.
+
+    Each takes `dropout_rows` uint32[B], the number of every row in the global batch: with them there is dropout, by the
+    generator "dropout".
+    """
 
     config: QFormerConfig
 
@@ -278,16 +293,16 @@ class QFormer(nn.Module):
         self.word_embeddings = nn.Embed(c.vocab_size, c.width, embedding_init=_initializer)
         self.position_embeddings = nn.Embed(c.max_positions, c.width, embedding_init=_initializer)
         self.embeddings_norm = nn.LayerNorm(c.norm_epsilon, dtype=c.dtype)
-        self.embeddings_dropout = nn.Dropout(c.dropout)
+        self.embeddings_dropout = Dropout(c.dropout)
         self.image_projection = ImageProjection(c)
         self.transformer = Transformer(c)
         self.lm_head = LanguageHead(c)
 
-    def _embed_queries(self, batch: int, deterministic: bool) -> jax.Array:
+    def _embed_queries(self, batch: int, dropout_rows: jax.Array | None) -> jax.Array:
         x = jnp.broadcast_to(self.embeddings_norm(self.query_tokens), (batch, *self.query_tokens.shape[1:]))
-        return self.embeddings_dropout(x, deterministic=deterministic)
+        return self.embeddings_dropout(rows_of(batch).keep(x), dropout_rows)
 
-    def _embed_text(self, text_ids: jax.Array, deterministic: bool) -> jax.Array:
+    def _embed_text(self, text_ids: jax.Array, dropout_rows: jax.Array | None) -> jax.Array:
         length = text_ids.shape[1]
         if length > self.config.max_positions:
             raise ValueError(
@@ -295,37 +310,44 @@ class QFormer(nn.Module):
                 "shorten the text (max_text_tokens) or start from a BERT with more positions"
             )
         x = self.word_embeddings(text_ids) + self.position_embeddings(jnp.arange(length))[None]
-        return self.embeddings_dropout(self.embeddings_norm(x), deterministic=deterministic)
+        return self.embeddings_dropout(self.embeddings_norm(rows_of(len(x)).keep(x)), dropout_rows)
 
     def project_image(self, image_embeds: jax.Array) -> KeyValue:
         """float[B, P, D_image] -> keys and values float[C, B, P, H, d], for every pass that sees this image."""
         return self.image_projection(image_embeds)
 
-    def encode_queries(self, image: KeyValue, *, deterministic: bool = True) -> tuple[jax.Array, QFormerCache]:
+    def encode_queries(
+        self, image: KeyValue, *, dropout_rows: jax.Array | None = None
+    ) -> tuple[jax.Array, QFormerCache]:
         """The queries read the image alone: query_output float[B, Q, D], and the cache that ITG continues."""
-        queries = self._embed_queries(image.key.shape[1], deterministic)
-        (queries, _), cache = self.transformer((queries, None), None, image, None, deterministic)
+        queries = self._embed_queries(image.key.shape[1], dropout_rows)
+        (queries, _), cache = self.transformer((queries, None), None, image, None, dropout_rows)
         return queries, cache
 
-    def encode_text(self, text_ids: jax.Array, text_mask: jax.Array, *, deterministic: bool = True) -> jax.Array:
+    def encode_text(
+        self, text_ids: jax.Array, text_mask: jax.Array, *, dropout_rows: jax.Array | None = None
+    ) -> jax.Array:
         """Text alone, bidirectional: int[B, T], bool[B, T] -> float[B, T, D]."""
-        text = self._embed_text(text_ids, deterministic)
+        text = self._embed_text(text_ids, dropout_rows)
         mask = text_mask.astype(bool)[:, None, None, :]
-        (_, text), _ = self.transformer((None, text), mask, None, None, deterministic)
+        (_, text), _ = self.transformer((None, text), mask, None, None, dropout_rows)
         return text
 
     def encode_pair(
-        self, image: KeyValue, text_ids: jax.Array, text_mask: jax.Array, *, deterministic: bool = True
+        self, image: KeyValue, text_ids: jax.Array, text_mask: jax.Array, *, dropout_rows: jax.Array | None = None
     ) -> tuple[jax.Array, jax.Array]:
-        """Queries and text see each other: query_output float[B, Q, D] and text_output float[B, T, D]."""
-        queries = self._embed_queries(text_ids.shape[0], deterministic)
-        text = self._embed_text(text_ids, deterministic)
+        """Queries and text see each other: query_output float[B, Q, D] and text_output float[B, T, D].
+
+        There may be N texts an image, those of an image in a row: `image` then has B / N images.
+        """
+        queries = self._embed_queries(text_ids.shape[0], dropout_rows)
+        text = self._embed_text(text_ids, dropout_rows)
         mask = attention_mask(AttentionPattern.BIDIRECTIONAL, self.config.queries, text_mask)
-        hidden, _ = self.transformer((queries, text), mask, image, None, deterministic)
+        hidden, _ = self.transformer((queries, text), mask, image, None, dropout_rows)
         return hidden
 
     def decode_text(
-        self, cache: QFormerCache, text_ids: jax.Array, text_mask: jax.Array, *, deterministic: bool = True
+        self, cache: QFormerCache, text_ids: jax.Array, text_mask: jax.Array, *, dropout_rows: jax.Array | None = None
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Text that continues the queries' pass, causally.
 
@@ -333,8 +355,8 @@ class QFormer(nn.Module):
           Features float[B, T, D], the tied decoder matrix float[V, D] and its bias float[V]: the logits of the next
           token are features @ matrix.T + bias, and it is for the loss to decide how much of that exists at once.
         """
-        text = self._embed_text(text_ids, deterministic)
+        text = self._embed_text(text_ids, dropout_rows)
         mask = attention_mask(AttentionPattern.CAUSAL, self.config.queries, text_mask)[:, :, self.config.queries :]
-        (_, text), _ = self.transformer((None, text), mask, None, cache, deterministic)
+        (_, text), _ = self.transformer((None, text), mask, None, cache, dropout_rows)
         features, bias = self.lm_head(text)
         return features, self.word_embeddings.embedding, bias

@@ -15,25 +15,25 @@ import jax.numpy as jnp
 
 class Diversity(NamedTuple):
     """Attributes:
-    penalty: float32[], mean square of the positive cosines between different queries of an image, 0 to 1.
-    cosine: float32[], their mean: 1 is one query repeated.
+    penalty: float32[], weighted sum of each image's mean square of the positive cosines between its queries, 0 to 1.
+    cosine: float32[], the same of the cosines themselves: 1 is one query repeated.
     """
 
     penalty: jax.Array
     cosine: jax.Array
 
 
-def query_diversity(query_output: jax.Array, example_mask: jax.Array) -> Diversity:
+def query_diversity(query_output: jax.Array, weights: jax.Array) -> Diversity:
     """How alike the queries of an image are.
 
     Args:
       query_output: float[B, Q, D].
-      example_mask: bool[B]; False rows do not count.
+      weights: float32[B]; summing to 1 they give means over images.
     """
     queries = query_output.shape[1]
     x = query_output.astype(jnp.float32)
     x = x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
     cosine = jnp.einsum("bid,bjd->bij", x, x)
-    weight = (1 - jnp.eye(queries))[None] * example_mask[:, None, None]
-    mean = lambda values: (values * weight).sum() / jnp.maximum(weight.sum(), 1.0)
-    return Diversity(mean(jnp.square(jnp.maximum(cosine, 0.0))), mean(cosine))
+    others = queries * (queries - 1)
+    total = lambda values: (values * (1 - jnp.eye(queries))[None]).sum((1, 2)) @ weights / max(others, 1)
+    return Diversity(total(jnp.square(jnp.maximum(cosine, 0.0))), total(cosine))

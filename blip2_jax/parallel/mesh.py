@@ -96,15 +96,15 @@ def batch_shards(mesh: Mesh) -> int:
     return math.prod(mesh.shape[axis] for axis in ROW_AXES)
 
 
-def check_batch_size(batch_size: int, mesh: Mesh, pieces: int = 1) -> None:
-    """Raise ValueError unless each of the pieces of a batch divides over the devices that share it."""
+def check_batch_size(batch_size: int, mesh: Mesh, multiple: int = 1) -> None:
+    """Raise ValueError unless every device that shares a batch gets as many rows as the others, a multiple of some."""
     shards = batch_shards(mesh)
     if batch_size < 1 or batch_size % shards:
         raise ValueError(f"batch_size {batch_size} does not divide over data x fsdp = {shards} devices")
-    if pieces < 1 or batch_size % (pieces * shards):
+    if multiple < 1 or batch_size % (multiple * shards):
         raise ValueError(
-            f"batch_size {batch_size} in pieces = {pieces} does not divide over data x fsdp = {shards} devices: "
-            f"batch_size must be a multiple of {shards} x pieces"
+            f"batch_size {batch_size} gives each of data x fsdp = {shards} devices {batch_size // shards} rows: "
+            f"expected a multiple of {multiple}, for pieces of one size and, in stage 1, every n-th row in ITM and ITG"
         )
 
 

@@ -56,6 +56,20 @@ class Rows:
             x, PartitionSpec(*[_FREE] * axis, self.axes, *[_FREE] * (x.ndim - axis - 1))
         )
 
+    def pieces(self, x: jax.Array, count: int) -> jax.Array:
+        """[B, ...] -> [count, B / count, ...], each piece as many rows of every device, neighbours there."""
+        own = len(x) // self.shards
+        if own % count:
+            raise ValueError(f"{len(x)} rows on {self.shards} devices do not divide into {count} pieces")
+        split = x.reshape(self.shards, count, own // count, *x.shape[1:])
+        return self.keep(split.swapaxes(0, 1).reshape(count, len(x) // count, *x.shape[1:]), axis=1)
+
+    def whole(self, x: jax.Array) -> jax.Array:
+        """The inverse of `pieces`."""
+        count, rows = x.shape[:2]
+        split = x.reshape(count, self.shards, rows // self.shards, *x.shape[2:])
+        return self.keep(split.swapaxes(0, 1).reshape(count * rows, *x.shape[2:]))
+
     def index(self) -> jax.Array | int:
         """Which part is this device's."""
         return jax.lax.axis_index(self.axes) if self.axes else 0

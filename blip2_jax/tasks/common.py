@@ -100,17 +100,10 @@ class Task(abc.ABC):
         """A newly initialised trainable tree."""
 
     @abc.abstractmethod
-    def loss(
-        self, trainable: params.Tree, frozen: params.Tree, batch: Batch, key: jax.Array
-    ) -> tuple[jax.Array, Metrics]:
-        """The training loss of a batch, float32[], and what to log."""
-
     def value_and_gradients(
         self, trainable: params.Tree, frozen: params.Tree, batch: Batch, key: jax.Array
     ) -> tuple[tuple[jax.Array, Metrics], params.Tree]:
-        """((loss float32[], what to log), the gradient of the loss at every trainable leaf)."""
-        objective = functools.partial(self.loss, frozen=frozen, batch=batch, key=key)
-        return jax.value_and_grad(objective, has_aux=True)(trainable)
+        """The training loss of a batch, float32[], with what to log, and its gradient by `trainable`."""
 
     @abc.abstractmethod
     def read_image(self, model: nn.Module, image_embeds: jax.Array) -> jax.Array:
@@ -119,6 +112,10 @@ class Task(abc.ABC):
     @abc.abstractmethod
     def evaluate(self, trainable: params.Tree, pictures: Pictures) -> tuple[dict[str, float], list[dict]]:
         """Metrics on all of `pictures`, by path, and samples for the report."""
+
+    def rows_in_step(self) -> int:
+        """What a device's rows of a batch must be a multiple of."""
+        return self.config.pieces
 
     # What follows from it.
 
@@ -174,12 +171,6 @@ class Task(abc.ABC):
         if self.mesh and len(images) % meshes.batch_shards(self.mesh) == 0:
             images = jax.device_put(images, meshes.batch_sharding(self.mesh))
         return self._encode(self.vision_parameters, images)
-
-    def image_embeds(self, frozen_params: params.Tree, batch: Batch) -> jax.Array:
-        """float[B, P, D] raw from the encoder: from the batch, or by running the frozen encoder."""
-        if "image_embeds" in batch:
-            return batch["image_embeds"].astype(jnp.float32)
-        return jax.lax.stop_gradient(self.encoder.encode(frozen_params["vision"], batch["image"]))
 
     def image_schema(self) -> Schema:
         """The fields of a batch that every stage has."""

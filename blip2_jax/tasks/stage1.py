@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from blip2_jax import params
+from blip2_jax import compat, params
 from blip2_jax.checkpoints.bert import has_language_head
 from blip2_jax.data.pipeline import Batch, Part, Pictures, Schema, collate_images, evaluation_batches
 from blip2_jax.data.sources import identify, parse_mixture
@@ -16,10 +18,8 @@ from blip2_jax.data.text import clean_caption, log_frequencies
 from blip2_jax.evaluation import retrieval
 from blip2_jax.evaluation.batches import in_batches
 from blip2_jax.models.blip2 import ImageTextModel
-from blip2_jax.models.layers import KeyValue
-from blip2_jax.models.qformer import QFormerCache
-from blip2_jax.objectives import contrastive, diversity, language_modeling, matching
-from blip2_jax.tasks.common import Metrics, Task
+from blip2_jax.tasks.common import Task
+from blip2_jax.tasks.stage1_loss import Stage1Loss
 
 # What reads text and nothing else.
 TEXT = (r"qformer/(word|position)_embeddings/.*", r".*/text_mlp/.*")
@@ -101,75 +101,34 @@ class Stage1(Task):
         ids, mask = self.caption_tokenizer(texts, self.config.data.max_text_tokens)
         return log_frequencies(ids[:, 1:], mask[:, 1:], self.blip2.qformer.vocab_size)
 
-    def loss(self, trainable, frozen, batch, key) -> tuple[jax.Array, Metrics]:
-        dropout_key, negatives_key = jax.random.split(key)
-        image_embeds = self.image_embeds(frozen, batch)
-        return self.model.apply(
-            {"params": trainable},
-            batch | {"image_embeds": image_embeds},
-            negatives_key,
-            method=self._losses,
-            rngs={"dropout": dropout_key},
+    @functools.cached_property
+    def objective(self) -> Stage1Loss:
+        """How a batch becomes the loss."""
+        c = self.config
+        o = c.objective
+        return Stage1Loss(
+            self.model,
+            self.encoder.encode,
+            self.caption_tokenizer.decoder_start,
+            itc=o.itc,
+            itm=o.itm,
+            itg=o.itg,
+            diversity=o.diversity,
+            itm_every=_every("itm_share", o.itm_share),
+            itg_every=_every("itg_share", o.itg_share),
+            label_smoothing=o.label_smoothing,
+            pieces=c.pieces,
+            block=o.block,
+            exchange=o.exchange,
+            switches=compat.resolve(c.compat),
         )
 
-    def _losses(self, model: ImageTextModel, batch: Batch, negatives_key: jax.Array) -> tuple[jax.Array, Metrics]:
-        objective, real = self.config.objective, batch["example_mask"]
-        deterministic = self.blip2.qformer.dropout == 0
-        ids, mask = batch["text_ids"], batch["text_mask"]
-        image = model.project_image(batch["image_embeds"])
-        seen = model.image_features(image, deterministic=deterministic)
-        text_features = model.text_features(ids, mask, deterministic=deterministic)
-        similarity = contrastive.similarities(seen.features, text_features)
-        same = contrastive.same_pairs(batch["image_id"], batch["text_id"], real)
+    def rows_in_step(self) -> int:
+        o = self.config.objective
+        return self.config.pieces * math.lcm(_every("itm_share", o.itm_share), _every("itg_share", o.itg_share))
 
-        apart = diversity.query_diversity(seen.query_output, real)
-        total = objective.diversity * apart.penalty
-        metrics = {"temperature": model.temperature, "query_cosine": apart.cosine}
-        if objective.itc:
-            itc = contrastive.contrastive_loss(similarity, model.temperature, same, real, objective.label_smoothing)
-            total, metrics["loss_itc"] = total + objective.itc * itc, itc
-        if objective.itm:
-            negatives = matching.hard_negatives(negatives_key, similarity, model.temperature, same, real)
-            itm = self._matching(model, image, batch, negatives, deterministic)
-            total = total + objective.itm * itm.loss
-            metrics |= {
-                "loss_itm": itm.loss,
-                "itm_accuracy_positive": itm.positive_accuracy,
-                "itm_accuracy_negative": itm.negative_accuracy,
-            }
-        if objective.itg:
-            itg = self._generation(model, seen.cache, batch, deterministic)
-            total, metrics["loss_itg"] = total + objective.itg * itg, itg
-        return total, metrics
-
-    def _matching(self, model, image: KeyValue, batch: Batch, negatives, deterministic) -> matching.MatchingLoss:
-        """Triples of the first rows: the pair, the caption with a wrong image, the image with a wrong caption."""
-        rows = max(1, round(self.config.objective.itm_share * len(batch["text_ids"])))
-        own = jnp.arange(rows)
-        image_rows = jnp.concatenate([own, negatives.image[:rows], own])
-        text_rows = jnp.concatenate([own, own, negatives.text[:rows]])
-        chosen = jax.tree.map(lambda x: x[:, image_rows], image)
-        ids, mask = batch["text_ids"][text_rows], batch["text_mask"][text_rows]
-        logits = model.match(chosen, ids, mask, deterministic=deterministic)
-        labels = jnp.concatenate([jnp.ones(rows, int), jnp.zeros(2 * rows, int)])
-        valid = negatives.valid[:rows]
-        weights = jnp.concatenate([batch["example_mask"][:rows], valid, valid]).astype(jnp.float32)
-        return matching.matching_loss(logits, labels, weights)
-
-    def _generation(self, model, cache: QFormerCache, batch: Batch, deterministic) -> jax.Array:
-        """Mean loss of the first rows' captions behind the cached queries, [DEC] in the place of [CLS]."""
-        rows = max(1, round(self.config.objective.itg_share * len(batch["text_ids"])))
-        groups = jax.tree.map(lambda x: x[:, :rows], cache.groups)
-        cache = QFormerCache(groups, jax.tree.map(lambda x: x[:rows], cache.tail))
-        ids = batch["text_ids"][:rows].at[:, 0].set(self.caption_tokenizer.decoder_start)
-        mask = batch["text_mask"][:rows]
-        features, matrix, bias = model.caption_features(cache, ids, mask, deterministic=deterministic)
-        targets, wanted = language_modeling.next_token_targets(ids, mask)
-        wanted &= batch["example_mask"][:rows, None]
-        loss, tokens = language_modeling.language_modeling_loss(
-            features, matrix, bias, targets, wanted, label_smoothing=self.config.objective.label_smoothing
-        )
-        return loss / jnp.maximum(tokens, 1.0)
+    def value_and_gradients(self, trainable, frozen, batch, key):
+        return self.objective.value_and_gradients(trainable, frozen, batch, key)
 
     # Evaluation.
 
@@ -224,6 +183,16 @@ class Stage1(Task):
 
     def _evaluation_collate(self, examples: Sequence[dict]) -> Batch:
         return self.collate([self.prepare(example, None) for example in examples])
+
+
+def _every(name: str, share: float) -> int:
+    """A share of the rows as every n-th row."""
+    step = round(1 / share) if 0 < share <= 1 else 0
+    if not step or abs(step * share - 1) > 1e-6:
+        raise ValueError(
+            f"objective.{name} = {share}: expected 1, 1/2, 1/3, ... of the rows; 0 as the term's weight leaves it out"
+        )
+    return step
 
 
 def _retrieval_samples(keys, captions, gallery, scores, shown: int = 5) -> list[dict]:

@@ -1,26 +1,28 @@
-"""Stage 2: the Q-Former's output becomes a soft prompt of a frozen language model (paper section 3.3)."""
+"""Stage 2: the Q-Former's output becomes a soft prompt of a frozen language model (paper section 3.3).
+
+A decoder continues soft prompt and prompt; of an encoder-decoder the encoder reads them and the decoder answers.
+"""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from blip2_jax import decoding, params
+from blip2_jax import compat, decoding, params
 from blip2_jax.checkpoints import frozen, language
 from blip2_jax.data.pipeline import Batch, Part, Pictures, Schema, collate_images, evaluation_batches
 from blip2_jax.data.text import LanguageTokenizer, clean_caption, pad
 from blip2_jax.evaluation import captioning
 from blip2_jax.models.blip2 import SoftPromptModel
-from blip2_jax.models.language import Row, join
-from blip2_jax.models.language.decoder import Decoder
-from blip2_jax.models.layers import causal_mask
+from blip2_jax.models.language.t5 import T5
 from blip2_jax.monitoring.progress import progress
-from blip2_jax.objectives.language_modeling import language_modeling_loss
 from blip2_jax.tasks.common import Metrics, Task
+from blip2_jax.tasks.stage2_loss import Stage2Loss, Texts
 
 
 class Stage2(Task):
@@ -33,21 +35,44 @@ class Stage2(Task):
         self.parts["llm"] = frozen.find("llm", config.llm)
         self.language_model = frozen.language_model(self.parts["llm"], self.dtype, **self._language_changes())
         self.model = SoftPromptModel(self.blip2, self.language_model.config.width)
+        self.compat = compat.resolve(config.compat)
         self._soft_prompt = jax.jit(self.soft_prompt)
-        self._loss_sum = jax.jit(self._language_loss)
+        self._nats = jax.jit(self._count_nats)
         self._generate = jax.jit(self._greedy, static_argnames="max_new_tokens")
+        if config.data.split_captions and not self.reads_apart:
+            raise ValueError(
+                f"data.split_captions with a language model {self.parts['llm'].model_type!r}: only an encoder-decoder "
+                "reads the beginning of a caption and writes its end"
+            )
 
-    def _language_changes(self) -> dict[str, str]:
-        activation = self.config.llm_activation
+    @property
+    def reads_apart(self) -> bool:
+        """Whether the language model reads prompts with an encoder and writes with a decoder."""
+        return isinstance(self.language_model, T5)
+
+    @functools.cached_property
+    def language_loss(self) -> Stage2Loss:
+        return Stage2Loss(
+            self.model,
+            self.language_model,
+            self.encoder.encode,
+            tuple(self.tokenizer.begin) if self.config.data.begin else (),
+            0 if self.reads_apart else self._lengths()[2],
+            self.config.pieces,
+            self.compat,
+        )
+
+    def _language_changes(self) -> dict[str, Any]:
+        activation, remat = self.config.llm_activation, {"remat": self.config.llm_remat}
         if not activation:
-            return {}
+            return remat
         kind = self.parts["llm"].model_type
         if kind != "t5" or activation not in ("gelu", "gelu_tanh"):
             raise ValueError(
                 f"config.llm_activation = {activation!r} with a language model {kind!r}: expected '', or gelu or "
                 "gelu_tanh with a T5"
             )
-        return {"activation": activation}
+        return remat | {"activation": activation}
 
     @functools.cached_property
     def _language(self) -> params.Tree:
@@ -79,7 +104,6 @@ class Stage2(Task):
     # Data: captions behind a fixed prompt, and answers behind a question.
 
     def training_parts(self) -> list[Part]:
-        self._require_what_is_built()
         data = self.config.data
         asked = data.question_share if data.questions else 0.0
         if not 0 <= asked < 1:
@@ -88,8 +112,19 @@ class Stage2(Task):
         return parts + (self.mixture(data.questions, self.prepare_question, asked) if asked else [])
 
     def prepare_caption(self, example: dict, rng: np.random.Generator | None = None) -> dict:
-        text = clean_caption(example["caption"], self.config.data.lower_case)
-        return self._prepare(example, self.config.data.prompt, text, self.config.data.max_text_tokens)
+        """A caption behind data.prompt; in training with data.split_captions its end behind its beginning.
+
+        They are parted where the paper does: after a number of tokens drawn evenly from 1 to the half of them.
+        """
+        data = self.config.data
+        text = clean_caption(example["caption"], data.lower_case)
+        found = self._prepare(example, data.prompt, text, data.max_text_tokens)
+        tokens = len(found["target_ids"]) - 1  # Without the end.
+        if rng is None or not data.split_captions or tokens < 2:
+            return found
+        ids, place = found["target_ids"], int(rng.integers(1, tokens // 2 + 1))
+        prompt = [*self.tokenizer.encode_prompt(data.prompt), *ids[:place], self.tokenizer.end]
+        return found | {"prompt_ids": prompt, "target_ids": ids[place:]}
 
     def prepare_question(self, example: dict, rng: np.random.Generator | None = None) -> dict:
         if "category" not in example:
@@ -102,16 +137,47 @@ class Stage2(Task):
         )
 
     def _prepare(self, example: dict, prompt: str, target: str, target_length: int) -> dict:
-        target_ids = self.tokenizer.encode_target(target, target_length)
-        return example | {"prompt_ids": self.tokenizer.encode_prompt(prompt), "target_ids": target_ids}
+        bos = self._predicted_bos(prompt)
+        target_ids = [*bos, *self.tokenizer.encode_target(target, target_length - len(bos))]
+        found = example | {"prompt_ids": self._encode_prompt(prompt), "target_ids": target_ids}
+        return found | {"instruction": prompt} if self.config.instruct else found
+
+    def _predicted_bos(self, prompt: str) -> list[int]:
+        """The token between soft prompt and text where it is itself to be predicted: compat.bos_target."""
+        return [] if prompt or self.reads_apart or not self.compat.bos_target else self.tokenizer.bos
+
+    def _encode_prompt(self, prompt: str) -> list[int]:
+        """What stands between soft prompt and target; an encoder's text has its end token, as T5's texts had."""
+        if self._predicted_bos(prompt):
+            return []
+        return self.tokenizer.encode_prompt(prompt) + ([self.tokenizer.end] if self.reads_apart else [])
+
+    def _prompt_length(self, prompt: str) -> int:
+        """In tokens; that of an empty prompt needs no tokenizer, so that a run can be planned without one."""
+        if prompt:
+            return len(self._encode_prompt(prompt))
+        bos = bool(self.config.data.bos) and (self.reads_apart or not self.compat.bos_target)
+        return bos + self.reads_apart
+
+    def _prompts(self) -> list[str]:
+        """All prompts that batches have."""
+        data = self.config.data
+        return [data.prompt, data.question] if data.questions else [data.prompt]
 
     def _lengths(self) -> tuple[int, int, int]:
         """The longest prompt, the longest target, and the longest row of one behind the other, in tokens."""
         data = self.config.data
-        kinds = [(len(self.tokenizer.encode_prompt(data.prompt)), data.max_text_tokens)]
-        if data.questions:
-            kinds.append((len(self.tokenizer.encode_prompt(data.question)), data.max_answer_tokens))
-        return *(max(lengths) for lengths in zip(*kinds, strict=True)), max(sum(kind) for kind in kinds)
+        prompts = [self._prompt_length(prompt) for prompt in self._prompts()]
+        targets = [data.max_text_tokens, data.max_answer_tokens][: len(prompts)]
+        row = max(prompt + target for prompt, target in zip(prompts, targets, strict=True))
+        if data.split_captions:
+            prompts.append(prompts[0] + (data.max_text_tokens - 1) // 2)
+        return max(prompts), max(targets), row
+
+    @functools.cached_property
+    def _instruction_length(self) -> int:
+        """Of the longest instruction, in tokens of the Q-Former."""
+        return int(self.caption_tokenizer(self._prompts(), self.blip2.qformer.max_positions)[1].sum(1).max())
 
     def schema(self) -> Schema:
         fields = {}
@@ -119,6 +185,10 @@ class Stage2(Task):
             shape = (self.config.batch_size, length)
             fields[f"{name}_ids"] = jax.ShapeDtypeStruct(shape, np.int32)
             fields[f"{name}_mask"] = jax.ShapeDtypeStruct(shape, np.bool_)
+        if self.config.instruct:
+            shape = (self.config.batch_size, self._instruction_length)
+            fields["instruction_ids"] = jax.ShapeDtypeStruct(shape, np.int32)
+            fields["instruction_mask"] = jax.ShapeDtypeStruct(shape, np.bool_)
         return self.image_schema() | fields
 
     def collate(self, examples: Sequence[dict]) -> Batch:
@@ -126,6 +196,9 @@ class Stage2(Task):
         for name, length in zip(("prompt", "target"), self._lengths(), strict=False):
             rows = [example[f"{name}_ids"] for example in examples]
             batch[f"{name}_ids"], batch[f"{name}_mask"] = pad(rows, length, self.tokenizer.padding)
+        if self.config.instruct:
+            tokens = self.caption_tokenizer([example["instruction"] for example in examples], self._instruction_length)
+            batch["instruction_ids"], batch["instruction_mask"] = tokens
         return batch
 
     # Model and loss.
@@ -136,58 +209,28 @@ class Stage2(Task):
         text = (jnp.zeros((2, 4), jnp.int32), jnp.ones((2, 4), bool)) if self.config.instruct else ()
         return self.model.init(key, image, *text)["params"]
 
-    def _require_what_is_built(self) -> None:
-        """Say clearly what can so far be imported, exported and looked at, and not more."""
-        if self.config.instruct or not isinstance(self.language_model, Decoder):
-            what = "InstructBLIP" if self.config.instruct else f"{type(self.language_model).__name__} as config.llm"
-            raise ValueError(f"{what}: import, export and inspect are there, training and generation not yet")
-
     def read_image(self, model: SoftPromptModel, image_embeds: jax.Array) -> jax.Array:
         return model(image_embeds)
 
-    def soft_prompt(self, trainable: params.Tree, image_embeds: jax.Array, dropout_key: jax.Array | None = None):
-        """float[B, P, D_image] -> float[B, Q, D_language]; with dropout if a key is given."""
-        rngs = None if dropout_key is None else {"dropout": dropout_key}
-        embeds = image_embeds.astype(jnp.float32)
-        return self.model.apply({"params": trainable}, embeds, deterministic=dropout_key is None, rngs=rngs)
+    def soft_prompt(self, trainable: params.Tree, image_embeds: jax.Array, batch: Batch | None = None) -> jax.Array:
+        """float[B, P, D_image], and of an InstructBLIP the batch with its instructions -> float[B, Q, D_language]."""
+        return self.language_loss.soft_prompt(trainable, image_embeds, batch or {})
 
-    def _prefix(self, language: params.Tree, soft_prompt: jax.Array) -> jax.Array:
-        """The beginning of a text as the language model knows it, then the soft prompt: float[B, N + Q, D]."""
-        begin = jnp.tile(jnp.asarray(self.tokenizer.begin, jnp.int32), (len(soft_prompt), 1))
-        embeds = self.language_model.apply({"params": language}, begin, method="embed")
-        return jnp.concatenate([embeds, soft_prompt.astype(embeds.dtype)], axis=1)
-
-    def _language_loss(self, language: params.Tree, soft_prompt: jax.Array, row: Row) -> tuple[jax.Array, jax.Array]:
-        """Sum of the losses of the target tokens behind the soft prompt, and their number."""
-        model = self.language_model.bind({"params": language})
-        prefix = self._prefix(language, soft_prompt)
-        embeds = jnp.concatenate([prefix, model.embed(row.ids)], axis=1)
-        batch, length = embeds.shape[:2]
-        # Padding stands at the end, where causality already hides it.
-        positions = jnp.broadcast_to(jnp.arange(length), (batch, length))
-        hidden, _ = model(embeds, positions, causal_mask(length))
-        # The last query predicts the first token.
-        features = hidden[:, prefix.shape[1] - 1 : -1]
-        return language_modeling_loss(features, model.head(), None, row.ids, row.is_target, frozen_head=True)
-
-    def loss(self, trainable, frozen, batch, key) -> tuple[jax.Array, Metrics]:
-        dropout_key = key if self.blip2.qformer.dropout else None
-        soft_prompt = self.soft_prompt(trainable, self.image_embeds(frozen, batch), dropout_key)
-        row = self._row(batch)
-        row = row._replace(is_target=row.is_target & batch["example_mask"][:, None])
-        loss, tokens = self._language_loss(frozen["language"], soft_prompt, row)
-        return loss / jnp.maximum(tokens, 1.0), {}
-
-    def _row(self, batch: Batch) -> Row:
-        prompt, target = ((batch[f"{name}_ids"], batch[f"{name}_mask"]) for name in ("prompt", "target"))
-        return join(*prompt, *target, self._lengths()[2])
+    def value_and_gradients(self, trainable, frozen, batch, key) -> tuple[tuple[jax.Array, Metrics], params.Tree]:
+        loss, gradients = self.language_loss.value_and_gradients(trainable, frozen, batch, key)
+        return (loss, {}), gradients
 
     # Generation and evaluation.
 
+    @property
+    def writes(self) -> bool:
+        """Whether this language model can be decoded from so far."""
+        return not self.config.instruct and not self.reads_apart
+
     def _greedy(self, language, soft_prompt, prompt_ids, prompt_mask, max_new_tokens: int):
-        embeds = self.language_model.apply({"params": language}, prompt_ids, method="embed")
-        image = self._prefix(language, soft_prompt)
-        prefix = jnp.concatenate([image, embeds], axis=1)
+        model = self.language_model.bind({"params": language})
+        image = self.language_loss.prefix(model, soft_prompt)
+        prefix = jnp.concatenate([image, model.embed(prompt_ids)], axis=1)
         present = jnp.concatenate([jnp.ones(image.shape[:2], bool), prompt_mask], axis=1)
         return decoding.greedy(
             self.language_model,
@@ -199,29 +242,46 @@ class Stage2(Task):
         )
 
     def generate(self, soft_prompt: np.ndarray, prompts: Sequence[str], max_new_tokens: int) -> list[str]:
-        """Greedy texts for soft prompts float[B, Q, D] and as many prompts."""
-        self._require_what_is_built()
+        """Greedy texts for soft prompts float[B, Q, D] and as many prompts.
+
+        Raises:
+          ValueError: the language model is an encoder-decoder, or the Q-Former reads instructions.
+        """
+        if not self.writes:
+            what = "InstructBLIP" if self.config.instruct else f"{type(self.language_model).__name__} as config.llm"
+            raise ValueError(f"{what}: import, export, inspection and training are there, generation not yet")
         length = max(len(self.tokenizer.encode_prompt(prompt)) for prompt in prompts)
         ids, mask = self.tokenizer.prompts(prompts, length)
         tokens = self._generate(self._language, soft_prompt, ids, mask, max_new_tokens=max_new_tokens)
         return [self.tokenizer.decode(row).strip() for row in np.asarray(tokens)]
 
     def evaluate(self, trainable, pictures: Pictures) -> tuple[dict[str, float], list[dict]]:
-        """Captions and answers by greedy decoding, and how much the loss rises with the wrong picture."""
+        """Captions and answers by greedy decoding, and how much the loss rises with the wrong picture.
+
+        Of a language model that cannot be decoded from (`writes`) the losses alone, and no samples.
+        """
         size, data = self.config.evaluation.batch_size, self.config.data
-        examples, soft_prompts, rows = [], [], []
+        examples, soft_prompts, texts = [], [], []
         for batch_examples, batch in evaluation_batches(pictures, self._evaluation_collate, size):
-            soft_prompts.append(np.asarray(self._soft_prompt(trainable, batch["image_embeds"])))
-            rows.append((self._row(batch), batch["example_mask"]))
+            instruction = {name: batch[name] for name in batch if name.startswith("instruction_")}
+            soft_prompts.append(np.asarray(self._soft_prompt(trainable, batch["image_embeds"], instruction)))
+            texts.append(self.language_loss.texts(batch))
             examples += batch_examples
         captions = [clean_caption(example["caption"], data.lower_case) for example in examples]
+        true, shuffled = self._true_and_shuffled_loss(np.concatenate(soft_prompts), texts, captions)
+        metrics = {"caption/loss": true, "caption/shuffled_image_loss_increase": shuffled - true}
+        if not self.writes:
+            return metrics, []
+        written, samples = self._written(soft_prompts, examples, captions)
+        return written | metrics, samples
+
+    def _written(self, soft_prompts, examples, captions) -> tuple[dict[str, float], list[dict]]:
+        """What is written for the pictures of some examples, judged."""
+        data = self.config.data
         write = lambda prompt, tokens: self._write_all(soft_prompts, len(examples), prompt, tokens)
         generated = write(data.prompt, self.config.evaluation.max_new_tokens)
-        true, shuffled = self._true_and_shuffled_loss(np.concatenate(soft_prompts), rows, captions)
-        metrics = {
-            f"caption/{name}": value for name, value in captioning.score(generated, [[c] for c in captions]).items()
-        }
-        metrics |= {"caption/loss": true, "caption/shuffled_image_loss_increase": shuffled - true}
+        scores = captioning.score(generated, [[caption] for caption in captions])
+        metrics = {f"caption/{name}": value for name, value in scores.items()}
         samples = [
             {"kind": "caption", "key": example["key"], "text": caption, "generated": text}
             for example, caption, text in zip(examples, captions, generated, strict=True)
@@ -243,22 +303,25 @@ class Stage2(Task):
             texts += self.generate(part, [prompt] * len(part), tokens)
         return texts[:count]
 
-    def _true_and_shuffled_loss(self, soft_prompts, rows, captions) -> tuple[float, float]:
+    def _count_nats(self, language, soft_prompt, texts: Texts) -> tuple[jax.Array, jax.Array]:
+        """Sum of the losses of the tokens that count, and their number."""
+        weights = texts.counts.astype(jnp.float32)
+        return self.language_loss.language_loss(language, soft_prompt, texts, weights), weights.sum()
+
+    def _true_and_shuffled_loss(self, soft_prompts, texts: list[Texts], captions) -> tuple[float, float]:
         """Nats a target token with each caption's own picture, and with another's: half the set further on."""
-        count = len(captions)
+        count, size = len(captions), len(texts[0].ids)
         other = np.roll(np.arange(count), count // 2)
         if count < 2 or all(captions[i] == captions[j] for i, j in enumerate(other)):
             raise ValueError("the loss with shuffled images needs at least two different captions")
-        size = len(rows[0][1])
 
         def mean_loss(order: np.ndarray, label: str) -> float:
-            order = np.pad(order, (0, len(rows) * size - count))
+            order = np.pad(order, (0, len(texts) * size - count))
             total = tokens = 0.0
-            for number, (row, real) in enumerate(progress(rows, desc=label, unit="batch", leave=False)):
+            for number, part in enumerate(progress(texts, desc=label, unit="batch", leave=False)):
                 prompts = soft_prompts[order[number * size : (number + 1) * size]]
-                row = row._replace(is_target=row.is_target & real[:, None])
-                loss, count_ = self._loss_sum(self._language, prompts, row)
-                total, tokens = total + float(loss), tokens + float(count_)
+                loss, there = self._nats(self._language, prompts, part)
+                total, tokens = total + float(loss), tokens + float(there)
             return total / tokens
 
         return mean_loss(np.arange(count), "loss"), mean_loss(other, "loss with shuffled images")

@@ -1,5 +1,7 @@
 """T5: decoding with a cache gives what one pass gives, padding is not seen, distances fall into buckets."""
 
+import dataclasses
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -63,3 +65,37 @@ def test_buckets():
     assert (one_sided[distance >= 0] == 0).all()
     assert (np.diff(one_sided[distance <= 0]) <= 0).all()
     assert one_sided.max() == 31
+
+
+@pytest.fixture(scope="module")
+def with_dropout():
+    config = dataclasses.replace(CONFIG, dropout=0.3)
+    variables = T5(config).init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32), method="initialize")
+
+    def run(source, target, rows, key=5, rate=0.3):
+        def method(model):
+            encoded = model.encode(source, jnp.ones(source.shape[:2], bool), rows)
+            return model.decode(encoded, target, dropout_rows=rows)[0]
+
+        model = T5(dataclasses.replace(config, dropout=rate))
+        rngs = None if rows is None else {"dropout": jax.random.key(key)}
+        return jax.jit(lambda: model.apply(variables, method=method, rngs=rngs))()
+
+    return run
+
+
+def test_dropout_is_that_of_a_row_wherever_it_is_computed(with_dropout):
+    source, target = jax.random.normal(jax.random.key(2), (4, 5, 24)), jax.random.normal(jax.random.key(3), (4, 6, 24))
+    rows = jnp.arange(4, dtype=jnp.uint32)
+    whole = with_dropout(source, target, rows)
+    part = with_dropout(source[1::2], target[1::2], rows[1::2])
+    np.testing.assert_allclose(part, whole[1::2], rtol=1e-4, atol=1e-5)
+    assert not np.allclose(with_dropout(source, target, rows, key=6), whole, atol=1e-2)
+    assert not np.allclose(with_dropout(source, target, rows[::-1]), whole, atol=1e-2)
+    chex.assert_trees_all_equal(with_dropout(source, target, None), with_dropout(source, target, None, rate=0.0))
+
+
+def test_the_output_and_the_embeddings_of_a_stack_are_dropped_too(with_dropout):
+    """With all but a millionth dropped nothing is left, not even what the residual carries."""
+    source, target = jnp.ones((2, 5, 24)), jnp.ones((2, 6, 24))
+    assert not with_dropout(source, target, jnp.arange(2, dtype=jnp.uint32), rate=0.999999).any()

@@ -36,11 +36,11 @@ def test_a_batch_that_does_not_divide_is_an_error():
 
 def test_every_piece_of_a_batch_must_divide():
     mesh = meshes.make_mesh("data=2,fsdp=4")
-    meshes.check_batch_size(32, mesh, pieces=4)
-    with pytest.raises(ValueError, match=r"batch_size 24 in pieces = 2 does not divide .* a multiple of 8 x pieces"):
-        meshes.check_batch_size(24, mesh, pieces=2)
-    with pytest.raises(ValueError, match="pieces = 0"):
-        meshes.check_batch_size(24, mesh, pieces=0)
+    meshes.check_batch_size(32, mesh, 4)
+    with pytest.raises(ValueError, match=r"batch_size 24 gives each of .* devices 3 rows: expected a multiple of 2"):
+        meshes.check_batch_size(24, mesh, 2)
+    with pytest.raises(ValueError, match="a multiple of 0"):
+        meshes.check_batch_size(24, mesh, 0)
 
 
 def test_a_batch_is_whole_on_one_process_and_divided_over_its_devices():

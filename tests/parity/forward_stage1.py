@@ -14,13 +14,10 @@ from blip2_jax.checkpoints import bert
 from blip2_jax.checkpoints.huggingface import without_prefix
 from blip2_jax.models.blip2 import ImageTextModel
 from blip2_jax.models.vision.vit import ViT, resize_positions
-from blip2_jax.objectives import contrastive, matching
-from blip2_jax.objectives.language_modeling import language_modeling_loss, next_token_targets
-from tests.parity import golden
+from blip2_jax.objectives import contrastive
+from tests.parity import golden, stage1
 from tests.parity.golden import Case
-
-# Quantity -> (ours, recorded), or ours alone where the recorded one has its name.
-Quantities = dict[str, np.ndarray | tuple[np.ndarray, np.ndarray]]
+from tests.parity.stage1 import Quantities
 
 
 def _towers(case: Case, kind: str, mesh: Mesh | None) -> Quantities:
@@ -71,77 +68,71 @@ def qformer_init_from_bert(case: Case, mesh: Mesh | None) -> Quantities:
 
 
 def stage1_ws1(case: Case, mesh: Mesh | None) -> Quantities:
-    """The three objectives of stage 1 with the recorded negatives, forward."""
-    encoder, _, tower = golden.vit(case, prefix="visual_encoder.")
-    _, built = golden.stage1(case)
-    smoothing = case.architecture["stage1"]["label_smoothing"]
-    batch = {
-        "image": case.image("image"),
-        "ids": case.inputs["input_ids"],
-        "mask": case.inputs["attention_mask"],
-        "decoder_ids": case.inputs["decoder_input_ids"],
-        "negative_image": case.inputs["neg_image_idx"],
-        "negative_text": case.inputs["neg_text_idx"],
-    }
-    if "image_id" in case.inputs:
-        batch["image_id"] = case.inputs["image_id"]
+    """Every pass of stage 1 with the recorded negatives, and the losses."""
+    recorded = stage1.read(case)
+    model = recorded.loss.model
+    start = recorded.loss.decoder_start
 
-    def objectives(model: ImageTextModel, image_embeds, batch) -> Quantities:
-        ids, mask = batch["ids"], batch["mask"].astype(bool)
+    def passes(model: ImageTextModel, image_embeds, batch) -> Quantities:
+        ids, mask = batch["text_ids"], batch["text_mask"]
         rows = jnp.arange(len(ids))
-        identity = jnp.stack([batch.get("image_id", rows), jnp.zeros_like(rows)], -1).astype(jnp.uint32)
-        own = jnp.stack([rows, rows + 1], -1).astype(jnp.uint32)
-        real = jnp.ones(len(ids), bool)
-        tokens = model.ln_vision(image_embeds)
         image = model.project_image(image_embeds)
         seen, text_output = model.image_features(image), model.qformer.encode_text(ids, mask)
         text_features = model.text_features(ids, mask)
-        similarity = contrastive.similarities(seen.features, text_features)
-        same = contrastive.same_pairs(identity, own, real)
-        itc = contrastive.contrastive_loss(similarity, model.temperature, same, real, smoothing)
-
+        similarity = contrastive.similarities(seen.features, text_features) / model.temperature
         images = jnp.concatenate([rows, batch["negative_image"], rows])
         texts = jnp.concatenate([rows, rows, batch["negative_text"]])
         chosen = jax.tree.map(lambda x: x[:, images], image)
-        pair = model.qformer.encode_pair(chosen, ids[texts], mask[texts])
-        logits = model.match(chosen, ids[texts], mask[texts])
-        labels = jnp.repeat(jnp.array([1, 0, 0]), len(ids), total_repeat_length=3 * len(ids))
-        itm = matching.matching_loss(logits, labels, jnp.ones(len(labels))).loss
-
-        features, matrix, bias = model.caption_features(seen.cache, batch["decoder_ids"], mask)
-        targets, targeted = next_token_targets(batch["decoder_ids"], mask)
-        total, count = language_modeling_loss(features, matrix, bias, targets, targeted, label_smoothing=smoothing)
-        weights = lambda scores: jax.nn.softmax(jnp.where(same, -jnp.inf, scores / model.temperature), axis=-1)
+        features, matrix, bias = model.caption_features(seen.cache, ids.at[:, 0].set(start), mask)
+        same = (batch["image_id"][:, None] == batch["image_id"][None]).all(-1)
+        weights = lambda scores: jax.nn.softmax(jnp.where(same, -jnp.inf, scores), axis=-1)
         return {
             "vit_output": image_embeds,
-            "image_embeds": tokens,
+            "image_embeds": model.ln_vision(image_embeds),
             "query_output": seen.query_output,
             "text_output": text_output,
             "image_feats": seen.features,
             "text_feat": text_features,
-            "sim_i2t": similarity / model.temperature,
-            "sim_t2i": similarity.T / model.temperature,
+            "sim_i2t": similarity,
+            "sim_t2i": similarity.T,
             "weights_i2t": weights(similarity),
             "weights_t2i": weights(similarity.T),
-            "itm_output": jnp.concatenate(pair, axis=1),
-            "itm_logits": logits,
+            "itm_output": jnp.concatenate(model.qformer.encode_pair(chosen, ids[texts], mask[texts]), axis=1),
+            "itm_logits": model.match(chosen, ids[texts], mask[texts]),
             "lm_logits": features @ matrix.T + bias,
             "past": _layer_caches(seen.cache),
-            "loss_itc": itc,
-            "loss_itm": itm,
-            "loss_lm": total / count,
-            "loss": itc + itm + total / count,
         }
 
     def forward(trees, batch):
-        embeds = ViT(encoder).apply({"params": trees["vision"]}, batch["image"])
-        return built.module.apply({"params": trees["trainable"]}, embeds, batch, method=objectives)
+        embeds = recorded.loss.encode(trees["vision"], batch["image"])
+        return model.apply({"params": trees["trainable"]}, embeds, batch, method=passes)
 
-    trees = {"vision": tower.parameters, "trainable": built.parameters}
-    found = golden.run(forward, trees, batch, mesh)
+    trees = {name: built.parameters for name, built in recorded.parts.items()}
+    found = golden.run(forward, trees, recorded.batch, mesh)
     for layer, (key, value) in enumerate(found.pop("past")):
         found |= {f"past_key.{layer}": key.swapaxes(1, 2), f"past_value.{layer}": value.swapaxes(1, 2)}
-    return found
+    return _of_ranks(case, found, recorded.ranks) | stage1.losses(case, mesh)
+
+
+def _of_ranks(case: Case, found: Quantities, ranks: int) -> Quantities:
+    """Quantities of a whole batch as each of several ranks has recorded its own part of them."""
+    if ranks == 1:
+        return found
+    split = {}
+    for name, value in found.items():
+        blocks = 3 if name.startswith("itm_") else 1  # ITM's triples stand one kind behind the other.
+        parts = np.split(value.reshape(blocks, len(value) // blocks, *value.shape[1:]), ranks, axis=1)
+        split |= {f"rank{rank}/{name}": part.reshape(-1, *value.shape[1:]) for rank, part in enumerate(parts)}
+    return {name: value for name, value in split.items() if name in case.outputs}
+
+
+stage1_ws1_image_id_unfrozen = stage1_ws1
+stage1_ws2 = stage1_ws1
+stage1_ws2_image_id_unfrozen = stage1_ws1
+
+
+def stage1_ws1_grad_through_gather(case: Case, mesh: Mesh | None) -> Quantities:
+    return stage1.losses(case, mesh)
 
 
 def _layer_caches(cache) -> list:
@@ -149,9 +140,6 @@ def _layer_caches(cache) -> list:
     groups = len(cache.groups[0].key) if cache.groups else 0
     scanned = [jax.tree.map(lambda x, g=g: x[g], layer) for g in range(groups) for layer in cache.groups]
     return [*scanned, *cache.tail]
-
-
-stage1_ws1_image_id_unfrozen = stage1_ws1
 
 
 def stage1_inference(case: Case, mesh: Mesh | None) -> Quantities:

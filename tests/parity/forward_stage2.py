@@ -16,7 +16,7 @@ from blip2_jax.models.language.t5 import T5
 from blip2_jax.models.layers import causal_mask
 from blip2_jax.models.vision.vit import ViT, resize_positions
 from blip2_jax.objectives import contrastive
-from blip2_jax.objectives.language_modeling import language_modeling_loss
+from blip2_jax.objectives.language_modeling import language_modeling_loss, token_weights
 from tests.parity import golden
 from tests.parity.forward_stage1 import Quantities, unit
 from tests.parity.golden import Built, Case
@@ -81,8 +81,8 @@ def _decoder_hidden(model: Model, trees, embeds, mask):
 def _mean_loss(model: Model, trees, hidden, targets):
     """Mean cross-entropy of the targets int[B, T] at their positions, those of -100 left out."""
     head = model.language.module.apply({"params": trees["language"]}, method="head")
-    total, count = language_modeling_loss(hidden, head, None, jnp.maximum(targets, 0), targets != _IGNORED)
-    return total / count
+    weights = token_weights(targets != _IGNORED)
+    return language_modeling_loss(hidden, head, None, jnp.maximum(targets, 0), weights)
 
 
 def _causal(model: Model, trees, embeds, mask, labels: dict[str, Any]) -> Quantities:

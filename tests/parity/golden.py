@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import math
 import pathlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -27,6 +28,7 @@ from blip2_jax.checkpoints.huggingface import Directory
 from blip2_jax.models.blip2 import Blip2Config, ImageTextModel, SoftPromptModel
 from blip2_jax.models.qformer import QFormerConfig
 from blip2_jax.models.vision.vit import ViT, ViTConfig
+from blip2_jax.parallel import mesh as meshes
 from blip2_jax.parallel import sharding
 
 _ACTIVATIONS = {"gelu_erf": "gelu", "quick_gelu": "quick_gelu"}
@@ -70,11 +72,16 @@ class Case:
 
     @functools.cached_property
     def weights(self) -> Directory:
-        """Its own weights, or those of the case that meta.json names."""
-        if (self.path / "model.safetensors").exists():
-            return Directory(self.path)
-        named = str(self.meta["weights"]).removeprefix("same as ").partition("/")[0]
-        return Directory(self.path.parent / named)
+        """Those of the case that meta.json names, or its own."""
+        named = self.meta.get("initial_weights") or str(self.meta.get("weights", "")).removeprefix("same as ")
+        named = named.partition("/")[0]
+        return Directory(self.path.parent / named if (self.path.parent / named / "meta.json").exists() else self.path)
+
+    @functools.cached_property
+    def final(self) -> dict[str, np.ndarray]:
+        """The weights after training."""
+        tensors = load_file(self.path / "model.safetensors")
+        return {name.removeprefix("final/"): array for name, array in tensors.items()}
 
     def image(self, name: str) -> np.ndarray:
         """Pictures, normalised, as we hold them: float32[B, S, S, 3]."""
@@ -148,6 +155,8 @@ def _blip2_config(case: Case) -> Blip2Config:
                 cross_attention_every=q["cross_attention_frequency"],
                 queries=case.config["num_query_tokens"],
                 norm_epsilon=q["layer_norm_eps"],
+                dropout=0.0,  # The recordings are of eval mode.
+                attention_dropout=0.0,
                 dtype=jnp.float32,
             ),
             embed_width=case.config.get("image_text_hidden_size", 0),
@@ -166,6 +175,8 @@ def _blip2_config(case: Case) -> Blip2Config:
             cross_attention_every=q["cross_attention_every"],
             queries=q["queries"],
             norm_epsilon=q["norm_eps"],
+            dropout=0.0,
+            attention_dropout=0.0,
             dtype=jnp.float32,
         ),
         embed_width=a["stage1"]["embed_dim"],
@@ -284,22 +295,37 @@ def float64():
         yield
 
 
+def row_axes(mesh: Mesh, rows: int) -> tuple[str, ...]:
+    """The longest run of a mesh's axes that divides so many rows; along the others a batch is whole."""
+    axes: tuple[str, ...] = ()
+    for axis in meshes.ROW_AXES:
+        if rows % math.prod(mesh.shape[name] for name in (*axes, axis)):
+            break
+        axes += (axis,)
+    return axes
+
+
+def place_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    """A batch with its rows over the axes of `row_axes`."""
+    rows = len(next(iter(batch.values())))
+    axes = row_axes(mesh, rows)
+    print(f"{rows} rows over {axes or 'no axis'}, whole along the others")
+    place = NamedSharding(mesh, PartitionSpec(axes or None))
+    return {name: sharding.put(array, place) for name, array in batch.items()}
+
+
 def run(function: Callable, trees: Any, batch: dict[str, np.ndarray], mesh: Mesh | None) -> Any:
     """function(trees, batch) under jit, as numpy arrays; on a mesh parameters and batch are spread over it."""
     as_asked = lambda x: x.astype(jnp.float32) if np.issubdtype(x.dtype, np.floating) else x
     trees, batch = jax.tree.map(as_asked, (trees, batch))
     if mesh is None:
         return jax.tree.map(np.asarray, jax.jit(function)(trees, batch))
-    trees = jax.device_put(trees, {name: sharding.shardings(tree, mesh) for name, tree in trees.items()})
-    rows = len(next(iter(batch.values())))
-    axes: tuple[str, ...] = ()
-    for axis in mesh.axis_names:
-        if rows % (int(np.prod([mesh.shape[name] for name in axes])) * mesh.shape[axis]):
-            break
-        axes += (axis,)
-    print(f"{rows} rows over {axes or 'no axis'}, whole along the others")
-    place = NamedSharding(mesh, PartitionSpec(axes or None))
-    return jax.tree.map(np.asarray, jax.jit(function)(trees, jax.device_put(batch, place)))
+    places = {name: sharding.shardings(tree, mesh) for name, tree in trees.items()}
+    trees = jax.tree.map(sharding.put, trees, places)
+    with jax.set_mesh(mesh):
+        # Whole everywhere, so that each of several processes can read it.
+        everywhere = jax.jit(function, out_shardings=meshes.replicated(mesh))
+        return jax.tree.map(np.asarray, everywhere(trees, place_batch(batch, mesh)))
 
 
 def by_layer(transformer: dict[str, Any], pick: Callable) -> list:

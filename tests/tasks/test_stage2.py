@@ -1,6 +1,8 @@
 """Stage 2 in one piece: its loss and its texts against a plain rendering, row by row, without a cache."""
 
 import functools
+import pathlib
+import runpy
 import shutil
 
 import jax
@@ -9,8 +11,10 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
-from blip2_jax import tasks
+from blip2_jax import tasks, trainer
+from blip2_jax.data.pipeline import check_batch
 from blip2_jax.models.layers import causal_mask
+from blip2_jax.monitoring.metrics import read_metrics
 from tests import tiny
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -50,7 +54,7 @@ def test_the_loss_is_that_of_the_targets_behind_image_and_prompt(stage2):
         for i, text in enumerate(TEXTS)
     ]
     batch = task.collate([task.prepare_caption(example) for example in examples])
-    found, _ = task.loss(trainable, task.frozen, batch, jax.random.key(0))
+    found = task.language_loss.loss(trainable, task.frozen, batch, jax.random.key(0))
 
     soft_prompt, losses = task.soft_prompt(trainable, embeds), []
     prompt = task.tokenizer.encode(task.config.data.prompt)
@@ -71,6 +75,92 @@ def test_the_text_is_the_likeliest_token_after_another(stage2):
         for _ in range(5):
             ids.append(int(plain_logits(task, soft_prompt[row], ids)[-1].argmax()))
         assert task.tokenizer.decode(ids[len(ids) - 5 :]).strip() == text
+
+
+@pytest.fixture(scope="module")
+def t5(folder):
+    return f"hf:{tiny.t5(folder / 't5')}"
+
+
+BARE = {"init": "scratch", "data.begin": "", "data.prompt": "", "data.end": ""}
+
+
+def test_an_encoder_reads_the_beginning_of_a_caption_and_the_decoder_writes_its_end(folder, t5):
+    task = tasks.create(tiny.recipe("stage2", folder, llm=t5, **BARE, **{"data.split_captions": True}))
+    tokenizer, end = task.tokenizer, task.tokenizer.end
+    text = "a red square of a blue circle"
+    whole = tokenizer.encode_target(text, task.config.data.max_text_tokens)
+    assert len(whole) == 6
+    places = set()
+    for seed in range(40):
+        found = task.prepare_caption({"caption": text}, np.random.default_rng(seed))
+        assert found == task.prepare_caption({"caption": text}, np.random.default_rng(seed))
+        *beginning, last = found["prompt_ids"]
+        assert last == end
+        assert beginning + found["target_ids"] == whole
+        assert len(beginning) <= task._lengths()[0] - 1
+        places.add(len(beginning))
+    assert places == {1, 2}  # Of five words and an end.
+    # Without a generator, in evaluation, the whole caption behind the prompt; one word cannot be parted.
+    assert task.prepare_caption({"caption": text}) == {"caption": text, "prompt_ids": [end], "target_ids": whole}
+    short = task.prepare_caption({"caption": "a"}, np.random.default_rng(0))
+    assert (short["prompt_ids"], len(short["target_ids"])) == ([end], 2)
+
+
+def test_captions_are_parted_for_an_encoder_alone(folder):
+    with pytest.raises(ValueError, match=r"data\.split_captions with a language model 'llama'"):
+        tasks.create(tiny.recipe("stage2", folder, **BARE, **{"data.split_captions": True}))
+
+
+@pytest.mark.parametrize("predicted", [False, True])
+def test_the_token_before_a_text_without_a_prompt_is_predicted_on_request(folder, predicted):
+    bos = {"data.bos": "<|endoftext|>", "compat.bos_target": predicted}
+    task = tasks.create(tiny.recipe("stage2", folder, **(BARE | bos)))
+    found = task.prepare_caption({"caption": "a red"})
+    assert found["prompt_ids"] == ([] if predicted else [0])
+    assert found["target_ids"] == [0] * predicted + task.tokenizer.encode_target("a red", 6)
+    long = task.prepare_caption({"caption": "a red square of a blue circle of a"})
+    assert len(long["target_ids"]) == task.config.data.max_text_tokens == task._lengths()[1]
+    assert task._lengths()[0] == len(found["prompt_ids"])
+    prompted = tasks.create(tiny.recipe("stage2", folder, **(BARE | bos | {"data.prompt": "a"})))
+    assert prompted.prepare_caption({"caption": "red"})["prompt_ids"] == [0, *task.tokenizer.encode("a")]
+
+
+@pytest.mark.parametrize(("variant", "lengths"), [("opt_2_7b", (1, 32, 33)), ("flan_t5_xl", (16, 32, 33))])
+def test_the_papers_recipes_know_their_lengths_without_a_tokenizer(variant, lengths):
+    config = runpy.run_path(str(pathlib.Path(__file__).parents[2] / "configs" / "stage2.py"))["get_config"](variant)
+    task = tasks.create(config)
+    assert task._lengths() == lengths
+    assert task.language_loss.begin == ()
+
+
+def test_an_encoder_decoder_and_instructions_train_and_are_not_decoded_yet(folder, t5, tmp_path):
+    instructed = {"data.prompt": "a red", "instruct": True, "pieces": 2, "compat.llm_dropout": True, "llm_remat": True}
+    config = tiny.recipe("stage2", folder, llm=t5, total_steps=2, mesh="data=4,fsdp=2", **(BARE | instructed))
+    config.batch_size = 16
+    trainer.train(config, tmp_path / "run")
+    last = read_metrics(tmp_path / "run" / "metrics.jsonl")[-1]
+    assert np.isfinite(last["loss"])
+    name = f"eval/{config.data.eval}/caption/"
+    assert {key.removeprefix(name) for key in last if key.startswith("eval/")} == {
+        "loss",
+        "shuffled_image_loss_increase",
+    }
+    task, trainable = tasks.load_trained(tmp_path / "run")
+    batch = task.collate([task.prepare_caption(example | {"caption": "a"}) for example in _examples(task, 16)])
+    check_batch(batch, task.schema())
+    # [CLS] a red [SEP]
+    assert batch["instruction_ids"][3].tolist() == [2, 5, 7, 3]
+    embeds = jnp.asarray(batch["image_embeds"])
+    other = batch | {"instruction_ids": np.full_like(batch["instruction_ids"], 6)}
+    assert not np.allclose(task.soft_prompt(trainable, embeds, batch), task.soft_prompt(trainable, embeds, other))
+    with pytest.raises(ValueError, match=r"InstructBLIP: .* training are there, generation not yet"):
+        task.generate(np.zeros((1, 2, 20)), ["a"], 3)
+
+
+def _examples(task, count):
+    pictures = task.pictures(task.config.data.train, training=False)
+    return [pictures.example(index) for index in range(count)]
 
 
 @pytest.mark.parametrize(("stage", "part"), [("stage1", "bert"), ("stage2", "llm")])

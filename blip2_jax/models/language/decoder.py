@@ -51,7 +51,7 @@ class DecoderConfig:
 class Decoder(nn.Module):
     """A family's subclass names its layer and its last norm, and what it adds to the embeddings.
 
-    The layer is the body of a scan: (x, cache or None, positions, mask, offset) -> x and the cache.
+    The layer is the body of a scan: (x, cache or None, positions, mask, offset, dropout_rows) -> x and the cache.
     """
 
     config: DecoderConfig
@@ -70,8 +70,8 @@ class Decoder(nn.Module):
         self.layers = nn.scan(
             nn.remat(self.layer(), prevent_cse=False) if c.remat else self.layer(),
             variable_axes={"params": 0},
-            split_rngs={"params": True},
-            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
+            split_rngs={"params": True, "dropout": True},
+            in_axes=(0, *[nn.broadcast] * 4),
             length=c.layers,
             unroll=c.unroll,
         )(c)
@@ -94,6 +94,7 @@ class Decoder(nn.Module):
         mask: jax.Array,
         cache: KeyValue | None = None,
         offset: jax.Array | int = 0,
+        dropout_rows: jax.Array | None = None,
     ) -> tuple[jax.Array, KeyValue | None]:
         """Hidden states after the last norm.
 
@@ -103,12 +104,13 @@ class Decoder(nn.Module):
           mask: bool[B or 1, 1, T, S], who may be seen; S is T without a cache and the cache's length with one.
           cache: of `empty_cache`; these tokens are written to its slots offset .. offset + T.
           offset: first free slot.
+          dropout_rows: uint32[B] of `layers.Dropout`, in families that have dropout; None: nothing is dropped.
 
         Returns:
           float[B, T, D] and the grown cache (None if there was none).
         """
         x = self.place(inputs_embeds.astype(self.config.dtype), positions)
-        x, cache = self.layers(x, cache, positions, mask, offset)
+        x, cache = self.layers(x, cache, positions, mask, offset, dropout_rows)
         return self.norm(x), cache
 
     def head(self) -> jax.Array:

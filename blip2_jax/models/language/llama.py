@@ -1,4 +1,4 @@
-"""The Llama family: RMSNorm, rotary positions, grouped-query attention, SwiGLU (arXiv 2302.13971).
+"""The Llama family: RMSNorm, rotary positions, grouped-query attention, SwiGLU, no dropout (arXiv 2302.13971).
 
 Vicuna, SmolLM2 and Llama 3 are Llamas; Qwen 2.5 is one with biases on query, key and value.
 """
@@ -92,7 +92,7 @@ class LlamaLayer(nn.Module):
     config: LlamaConfig
 
     @nn.compact
-    def __call__(self, x, cache: KeyValue | None, positions, mask, offset):
+    def __call__(self, x, cache: KeyValue | None, positions, mask, offset, _):
         c = self.config
         heads = lambda count, name: nn.DenseGeneral((count, c.head_size), use_bias=c.qkv_bias, dtype=c.dtype, name=name)
         h = RMSNorm(c.norm_epsilon, c.dtype, name="attention_norm")(x)

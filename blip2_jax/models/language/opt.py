@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 
 from blip2_jax.models.language.decoder import Decoder, DecoderConfig, update_cache
-from blip2_jax.models.layers import ACTIVATIONS, KeyValue, dot_product_attention
+from blip2_jax.models.layers import ACTIVATIONS, Dropout, KeyValue, dot_product_attention
 
 # The first rows of OPT's position table belong to nothing: position 0 has row 2.
 _OFFSET = 2
@@ -19,27 +19,41 @@ class OPTConfig(DecoderConfig):
     """Attributes:
     max_positions: longest text in tokens (max_position_embeddings).
     activation: of the MLP (activation_function).
+    dropout: share dropped of what a layer's attention and its MLP add, where rows are given for it (dropout).
+    attention_dropout: share of the attention weights (attention_dropout); none in the published models.
     """
 
     max_positions: int = 2048
     activation: str = "relu"
+    dropout: float = 0.0
+    attention_dropout: float = 0.0
 
 
 class OPTLayer(nn.Module):
     config: OPTConfig
 
     @nn.compact
-    def __call__(self, x, cache: KeyValue | None, positions, mask, offset):
+    def __call__(self, x, cache: KeyValue | None, positions, mask, offset, dropout_rows):
         c = self.config
         norm = lambda name: nn.LayerNorm(c.norm_epsilon, dtype=c.dtype, use_fast_variance=False, name=name)
         heads = lambda name: nn.DenseGeneral((c.heads, c.head_size), dtype=c.dtype, name=name)
         h = norm("attention_norm")(x)
         query, key, value = heads("query")(h), heads("key")(h), heads("value")(h)
         seen, cache = update_cache(cache, key, value, offset)
-        h = dot_product_attention(query, seen.key, seen.value, mask)
-        x = x + nn.DenseGeneral(c.width, axis=(-2, -1), dtype=c.dtype, name="output")(h)
+        h = dot_product_attention(
+            query,
+            seen.key,
+            seen.value,
+            mask,
+            dropout_rate=c.attention_dropout,
+            dropout_key=None if dropout_rows is None else self.make_rng("dropout"),
+            dropout_rows=dropout_rows,
+        )
+        h = nn.DenseGeneral(c.width, axis=(-2, -1), dtype=c.dtype, name="output")(h)
+        x = x + Dropout(c.dropout)(h, dropout_rows)
         h = ACTIVATIONS[c.activation](nn.Dense(c.mlp_width, dtype=c.dtype, name="up")(norm("mlp_norm")(x)))
-        return x + nn.Dense(c.width, dtype=c.dtype, name="down")(h), cache
+        h = nn.Dense(c.width, dtype=c.dtype, name="down")(h)
+        return x + Dropout(c.dropout)(h, dropout_rows), cache
 
 
 class OPT(Decoder):

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from blip2_jax.models.language.decoder import update_cache
-from blip2_jax.models.layers import ACTIVATIONS, KeyValue, RMSNorm, causal_mask, dot_product_attention
+from blip2_jax.models.layers import ACTIVATIONS, Dropout, KeyValue, RMSNorm, causal_mask, dot_product_attention
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +31,8 @@ class T5Config:
       activation: of the gate; stock Flan-T5 has "gelu_tanh", LAVIS and its released weights the exact "gelu".
       buckets, max_distance: of the relative positions (relative_attention_num_buckets, ..._max_distance).
       norm_epsilon: of every norm (layer_norm_epsilon).
+      dropout: share dropped of the embeddings, the attention weights, what attention and feed-forward add, the inner
+        values of the feed-forward, and the output of a stack, where rows are given for it (dropout_rate).
       dtype: of the matrix products; norms and softmax stay fp32.
       remat: recompute a layer in the backward pass instead of keeping its activations.
       unroll: layers a step of the scans runs.
@@ -47,6 +49,7 @@ class T5Config:
     buckets: int = 32
     max_distance: int = 128
     norm_epsilon: float = 1e-6
+    dropout: float = 0.0
     dtype: jnp.dtype = jnp.float32
     remat: bool = False
     unroll: int = 1
@@ -92,16 +95,26 @@ class Attention(nn.Module):
     config: T5Config
 
     @nn.compact
-    def __call__(self, x, given: KeyValue | None, cache: KeyValue | None, offset, mask, bias):
+    def __call__(self, x, given: KeyValue | None, cache: KeyValue | None, offset, mask, bias, dropout_rows):
         c = self.config
         heads = lambda name: nn.DenseGeneral((c.heads, c.head_size), use_bias=False, dtype=c.dtype, name=name)
         h = RMSNorm(c.norm_epsilon, c.dtype, name="norm")(x)
         query = heads("query")(h)
         if given is None:
             given, cache = update_cache(cache, heads("key")(h), heads("value")(h), offset)
-        h = dot_product_attention(query, given.key, given.value, mask, bias=bias, scale=1.0)
-        x = x + nn.DenseGeneral(c.width, axis=(-2, -1), use_bias=False, dtype=c.dtype, name="output")(h)
-        return x, cache
+        h = dot_product_attention(
+            query,
+            given.key,
+            given.value,
+            mask,
+            bias=bias,
+            scale=1.0,
+            dropout_rate=c.dropout,
+            dropout_key=None if dropout_rows is None else self.make_rng("dropout"),
+            dropout_rows=dropout_rows,
+        )
+        h = nn.DenseGeneral(c.width, axis=(-2, -1), use_bias=False, dtype=c.dtype, name="output")(h)
+        return x + Dropout(c.dropout)(h, dropout_rows), cache
 
 
 class FeedForward(nn.Module):
@@ -110,31 +123,32 @@ class FeedForward(nn.Module):
     config: T5Config
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x, dropout_rows):
         c = self.config
         dense = lambda width, name: nn.Dense(width, use_bias=False, dtype=c.dtype, name=name)
         h = RMSNorm(c.norm_epsilon, c.dtype, name="norm")(x)
         h = ACTIVATIONS[c.activation](dense(c.mlp_width, "gate")(h)) * dense(c.mlp_width, "up")(h)
-        return x + dense(c.width, "down")(h)
+        h = dense(c.width, "down")(Dropout(c.dropout)(h, dropout_rows))
+        return x + Dropout(c.dropout)(h, dropout_rows)
 
 
 class EncoderLayer(nn.Module):
     config: T5Config
 
     @nn.compact
-    def __call__(self, x, _, mask, bias):
-        x, _ = Attention(self.config, name="attention")(x, None, None, 0, mask, bias)
-        return FeedForward(self.config, name="mlp")(x), None
+    def __call__(self, x, _, mask, bias, dropout_rows):
+        x, _ = Attention(self.config, name="attention")(x, None, None, 0, mask, bias, dropout_rows)
+        return FeedForward(self.config, name="mlp")(x, dropout_rows), None
 
 
 class DecoderLayer(nn.Module):
     config: T5Config
 
     @nn.compact
-    def __call__(self, x, encoded: KeyValue, cache: KeyValue | None, offset, mask, bias, encoder_mask):
-        x, cache = Attention(self.config, name="attention")(x, None, cache, offset, mask, bias)
-        x, _ = Attention(self.config, name="cross_attention")(x, encoded, None, 0, encoder_mask, None)
-        return FeedForward(self.config, name="mlp")(x), cache
+    def __call__(self, x, encoded: KeyValue, cache: KeyValue | None, offset, mask, bias, encoder_mask, dropout_rows):
+        x, cache = Attention(self.config, name="attention")(x, None, cache, offset, mask, bias, dropout_rows)
+        x, _ = Attention(self.config, name="cross_attention")(x, encoded, None, 0, encoder_mask, None, dropout_rows)
+        return FeedForward(self.config, name="mlp")(x, dropout_rows), cache
 
 
 class EncoderProjection(nn.Module):
@@ -171,7 +185,7 @@ class T5(nn.Module):
         scan = lambda layer, length, in_axes: nn.scan(
             nn.remat(layer, prevent_cse=False) if c.remat else layer,
             variable_axes={"params": 0},
-            split_rngs={"params": True},
+            split_rngs={"params": True, "dropout": True},
             in_axes=in_axes,
             length=length,
             unroll=c.unroll,
@@ -179,31 +193,40 @@ class T5(nn.Module):
         self.embeddings = nn.Embed(c.vocab_size, c.width, dtype=c.dtype)
         self.lm_head = nn.Embed(c.vocab_size, c.width)
         self.encoder_bias = RelativeBias(c, bidirectional=True)
-        self.encoder = scan(EncoderLayer, c.encoder_layers, (0, nn.broadcast, nn.broadcast))
+        self.encoder = scan(EncoderLayer, c.encoder_layers, (0, *[nn.broadcast] * 3))
         self.encoder_norm = RMSNorm(c.norm_epsilon, c.dtype)
         self.encoder_projection = scan(EncoderProjection, c.decoder_layers, 0)
         self.decoder_bias = RelativeBias(c, bidirectional=False)
-        self.decoder = scan(DecoderLayer, c.decoder_layers, (0, 0, *[nn.broadcast] * 4))
+        self.decoder = scan(DecoderLayer, c.decoder_layers, (0, 0, *[nn.broadcast] * 5))
         self.decoder_norm = RMSNorm(c.norm_epsilon, c.dtype)
+        self.encoder_dropout, self.decoder_dropout = Dropout(c.dropout), Dropout(c.dropout)
 
     def embed(self, token_ids: jax.Array) -> jax.Array:
         """int[B, T] -> float[B, T, D]."""
         return self.embeddings(token_ids)
 
-    def encode_hidden(self, inputs_embeds: jax.Array, mask: jax.Array) -> jax.Array:
-        """float[B, S, D], bool[B, S] -> float[B, S, D], behind the encoder's last norm."""
+    def encode_hidden(
+        self, inputs_embeds: jax.Array, mask: jax.Array, dropout_rows: jax.Array | None = None
+    ) -> jax.Array:
+        """float[B, S, D], bool[B, S], for dropout uint32[B] -> float[B, S, D], behind the encoder's last norm."""
         places = jnp.arange(inputs_embeds.shape[1])
         bias = self.encoder_bias(places, places)
-        x, _ = self.encoder(inputs_embeds.astype(self.config.dtype), None, mask.astype(bool)[:, None, None], bias)
-        return self.encoder_norm(x)
+        x = self.encoder_dropout(inputs_embeds.astype(self.config.dtype), dropout_rows)
+        x, _ = self.encoder(x, None, mask.astype(bool)[:, None, None], bias, dropout_rows)
+        return self.encoder_dropout(self.encoder_norm(x), dropout_rows)
 
-    def encode(self, inputs_embeds: jax.Array, mask: jax.Array) -> Encoded:
+    def encode(self, inputs_embeds: jax.Array, mask: jax.Array, dropout_rows: jax.Array | None = None) -> Encoded:
         """The same as keys and values for `decode`."""
-        _, layers = self.encoder_projection(self.encode_hidden(inputs_embeds, mask), None)
+        _, layers = self.encoder_projection(self.encode_hidden(inputs_embeds, mask, dropout_rows), None)
         return Encoded(layers, mask.astype(bool))
 
     def decode(
-        self, encoded: Encoded, inputs_embeds: jax.Array, cache: KeyValue | None = None, offset: jax.Array | int = 0
+        self,
+        encoded: Encoded,
+        inputs_embeds: jax.Array,
+        cache: KeyValue | None = None,
+        offset: jax.Array | int = 0,
+        dropout_rows: jax.Array | None = None,
     ) -> tuple[jax.Array, KeyValue | None]:
         """Hidden states after the last norm; the tokens see themselves and those before them.
 
@@ -212,6 +235,7 @@ class T5(nn.Module):
           inputs_embeds: float[B, T, D], the start token first.
           cache: of `empty_cache`; these tokens are written to its slots offset .. offset + T.
           offset: first free slot.
+          dropout_rows: uint32[B] of `layers.Dropout`; None: nothing is dropped.
 
         Returns:
           float[B, T, D] and the grown cache (None if there was none).
@@ -226,9 +250,9 @@ class T5(nn.Module):
             mask = (slots[None, :] <= looking[:, None])[None, None]
         bias = self.decoder_bias(looking, slots)
         encoder_mask = encoded.mask[:, None, None]
-        x = inputs_embeds.astype(self.config.dtype)
-        x, cache = self.decoder(x, encoded.layers, cache, offset, mask, bias, encoder_mask)
-        return self.decoder_norm(x), cache
+        x = self.decoder_dropout(inputs_embeds.astype(self.config.dtype), dropout_rows)
+        x, cache = self.decoder(x, encoded.layers, cache, offset, mask, bias, encoder_mask, dropout_rows)
+        return self.decoder_dropout(self.decoder_norm(x), dropout_rows), cache
 
     def head(self) -> jax.Array:
         """float[V, D]: logits are hidden @ head.T."""

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from blip2_jax.models.layers import ACTIVATIONS, dot_product_attention
+from blip2_jax.parallel.rows import rows_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +73,7 @@ class Block(nn.Module):
         h = dot_product_attention(query, key, value)
         x = x + nn.DenseGeneral(c.width, axis=(-2, -1), dtype=c.dtype, name="output")(h)
         h = ACTIVATIONS[c.activation](nn.Dense(c.mlp_width, dtype=c.dtype, name="up")(norm("mlp_norm")(x)))
-        return x + nn.Dense(c.width, dtype=c.dtype, name="down")(h), None
+        return rows_of(len(x)).keep(x + nn.Dense(c.width, dtype=c.dtype, name="down")(h)), None
 
 
 class ViT(nn.Module):

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import ml_collections
+import numpy as np
 from jax.sharding import Mesh
 
-from blip2_jax import optimizer, params, tasks, trainer
+from blip2_jax import compat, optimizer, params, tasks
 from blip2_jax.checkpoints import frozen, hub
 from blip2_jax.checkpoints.store import TrainState
+from blip2_jax.data.text import pad
 from blip2_jax.parallel import mesh as meshes
 from blip2_jax.parallel import sharding
+from blip2_jax.step import Step, make_step
 from blip2_jax.tasks.common import Task
 from blip2_jax.tasks.stage2 import Stage2
 
@@ -43,6 +47,10 @@ class StaticCaptionTokenizer:
     def __init__(self, vocab_size: int):
         self.decoder_start = vocab_size - 1
 
+    def __call__(self, texts: Sequence[str], length: int) -> tuple[np.ndarray, np.ndarray]:
+        """One token a word, between [CLS] and [SEP]."""
+        return pad([[0] * min(len(text.split()) + 2, length) for text in texts], length, 0)
+
 
 def _is_here(part: frozen.Frozen) -> bool:
     """Whether a part can be opened without asking the hub for it."""
@@ -65,31 +73,28 @@ def _abstract(tree: Any, places: Any) -> Any:
     return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree, places)
 
 
-def abstract_step(task: Task, mesh: Mesh) -> tuple[Any, tuple[TrainState, params.Tree, dict]]:
-    """The jitted training step of a task and its arguments, without their values but with their places on the mesh."""
-    config, shapes = task.config, task.shapes()
-    decays = params.resolve(task.decay_table(), shapes, "weight decay")
+def abstract_step(task: Task, mesh: Mesh) -> tuple[Step, tuple[TrainState, params.Tree, dict]]:
+    """The jitted training step of a task and its arguments, without their values but with their places on the mesh.
+
+    Raises:
+      ValueError: the batch does not fit the mesh, or settings contradict each other.
+    """
+    config, shapes, switches = task.config, task.shapes(), compat.resolve(task.config.compat)
+    meshes.check_batch_size(config.batch_size, mesh, task.rows_in_step())
+    decays = params.resolve(optimizer.decay_table(switches.decay_all_matrices), shapes, "weight decay")
     rates = params.resolve(task.rate_table(shapes), shapes, "learning rate")
-    transformation = optimizer.create(config.optimizer, config.total_steps, decays, rates)
-    whole = meshes.replicated(mesh)
+    transformation = optimizer.create(config.optimizer, config.total_steps, decays, rates, switches.epoch_schedule)
 
     def start(trainable: params.Tree) -> TrainState:
         return TrainState(jnp.int32(0), jax.random.key(config.seed), trainable, transformation.init(trainable))
 
     state = jax.eval_shape(start, shapes)
-    flat = params.flatten(sharding.shardings(shapes, mesh))
-
-    def place(path: Any, _leaf: Any) -> Any:
-        names = [str(getattr(key, "key", getattr(key, "name", ""))) for key in path]
-        ends = ("/".join(names[start:]) for start in range(len(names)))
-        return next((flat[end] for end in ends if end in flat), whole)
-
-    state = _abstract(state, jax.tree_util.tree_map_with_path(place, state))
+    places = sharding.state_shardings(state, mesh, config.shard_trainable)
     needed = {name: tree for name, tree in task.frozen_shapes().items() if not _is_cached(task, name)}
-    frozen_params = _abstract(needed, sharding.shardings(needed, mesh))
     rows = meshes.batch_sharding(mesh)
     batch = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows) for name, x in task.schema().items()}
-    return trainer.make_step(task, transformation), (state, frozen_params, batch)
+    arguments = _abstract(state, places), _abstract(needed, sharding.shardings(needed, mesh)), batch
+    return make_step(task, transformation, places), arguments
 
 
 def _is_cached(task: Task, part: str) -> bool:
@@ -132,7 +137,7 @@ def _argument_bytes(arguments: tuple) -> int:
     return params.size(shards)
 
 
-def compile_step(step: Any, arguments: tuple, mesh: Mesh) -> Compiled:
+def compile_step(step: Step, arguments: tuple, mesh: Mesh) -> Compiled:
     """A jitted step, compiled for the devices of the mesh.
 
     Args:

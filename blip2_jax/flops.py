@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from blip2_jax.data.pipeline import Schema
 from blip2_jax.models.language.decoder import Decoder
 from blip2_jax.models.language.llama import Llama
 from blip2_jax.models.language.t5 import T5
@@ -24,6 +25,7 @@ from blip2_jax.models.vision import VisionEncoder
 from blip2_jax.models.vision.efficientnet_lite import EfficientNetLite
 from blip2_jax.models.vision.vit import ViT
 from blip2_jax.tasks.common import Task
+from blip2_jax.tasks.stage1 import Stage1
 from blip2_jax.tasks.stage2 import Stage2
 
 FROZEN, PASSED_THROUGH, TRAINED = 1, 2, 3
@@ -138,10 +140,9 @@ def t5(model: T5, read: int, written: int) -> float:
     )
 
 
-def _stage1(task: Task, batch: int, length: int) -> list[Part]:
-    c, objective, embed = task.blip2.qformer, task.config.objective, task.blip2.embed_width
+def _stage1(task: Stage1, batch: int, length: int) -> list[Part]:
+    c, objective, embed = task.blip2.qformer, task.objective, task.blip2.embed_width
     images = task.encoder.tokens
-    share = lambda value: max(1, round(value * batch))
     parts = [
         Part("queries read the image", batch * qformer_pass(c, c.queries, 0, images), TRAINED),
         Part("text alone", batch * qformer_pass(c, 0, length), TRAINED),
@@ -151,20 +152,23 @@ def _stage1(task: Task, batch: int, length: int) -> list[Part]:
         parts.append(Part("ITC", heads + _dense(batch * batch * c.queries, embed, 1), TRAINED))
     if objective.itm:
         pair = qformer_pass(c, c.queries, length, images) + _dense(c.queries, c.width, 2)
-        parts.append(Part("ITM", 3 * share(objective.itm_share) * pair, TRAINED))
+        parts.append(Part("ITM", 3 * batch / objective.itm_every * pair, TRAINED))
     if objective.itg:
         row = qformer_pass(c, 0, length, past=c.queries) + _dense(length, c.width, c.width, c.vocab_size)
-        parts.append(Part("ITG", share(objective.itg_share) * row, TRAINED))
+        parts.append(Part("ITG", batch / objective.itg_every * row, TRAINED))
     return parts
 
 
-def _stage2(task: Stage2, batch: int, prompt: int, target: int) -> list[Part]:
-    c, model = task.blip2.qformer, task.language_model
-    read = qformer_pass(c, c.queries, 0, task.encoder.tokens) + _dense(c.queries, c.width, model.config.width)
+def _stage2(task: Stage2, batch: int, schema: Schema) -> list[Part]:
+    c, model, loss = task.blip2.qformer, task.language_model, task.language_loss
+    length = lambda name: schema[name].shape[1] if name in schema else 0
+    read = qformer_pass(c, c.queries, length("instruction_ids"), task.encoder.tokens)
+    read += _dense(c.queries, c.width, model.config.width)
+    prefix, target = len(loss.begin) + c.queries, length("target_ids")
     if isinstance(model, T5):
-        row = t5(model, c.queries + prompt, target)
+        row = t5(model, prefix + length("prompt_ids"), target)
     else:
-        row = decoder(model, len(task.tokenizer.begin) + c.queries + prompt + target, target)
+        row = decoder(model, prefix + loss.row_length, target)
     return [
         Part("queries read the image", batch * read, TRAINED),
         Part("language model", batch * row, PASSED_THROUGH),
@@ -184,7 +188,7 @@ def parts(task: Task) -> list[Part]:
     if not task.config.data.feature_views:
         shared.insert(0, Part("image encoder", batch * vision(task.encoder), FROZEN))
     if isinstance(task, Stage2):
-        return shared + _stage2(task, batch, schema["prompt_ids"].shape[1], schema["target_ids"].shape[1])
+        return shared + _stage2(task, batch, schema)
     return shared + _stage1(task, batch, schema["text_ids"].shape[1])
 
 

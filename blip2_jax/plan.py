@@ -60,7 +60,6 @@ def make_plan(
       ValueError: the mesh does not fit the devices, or the batch not the mesh.
     """
     mesh = meshes.make_mesh(config.mesh, devices)
-    meshes.check_batch_size(config.batch_size, mesh)
     task = ahead_of_time.create_task(config, jnp.bfloat16 if topology else None)
     step, arguments = ahead_of_time.abstract_step(task, mesh)
     parts = flops.parts(task)

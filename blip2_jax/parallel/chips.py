@@ -17,8 +17,14 @@ from jax.experimental import topologies
 
 GIB = 2**30
 
-# Else libtpu asks a cloud's metadata server what machine this is, and complains when there is no answer.
-_QUIET = {"TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-1", "TPU_WORKER_HOSTNAMES": "localhost"}
+# Else libtpu asks a cloud's metadata server what machine this is, complains when there is no answer, and refuses to be
+# used by two processes at once, which only a TPU's owner must be.
+_ENVIRONMENT = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +105,7 @@ class Topology:
           ModuleNotFoundError: libtpu is not installed.
           ValueError: there is no such slice.
         """
-        for name, value in _QUIET.items():
+        for name, value in _ENVIRONMENT.items():
             os.environ.setdefault(name, value)
         sides = (*self.sides, 1, 1)[:3]
         bounds = tuple(min(side, most) for side, most in zip(sides, (2, 2, 1), strict=True))
@@ -113,6 +119,8 @@ class Topology:
             return list(topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices)
         except jax.errors.JaxRuntimeError as error:
             reason = str(error).splitlines()[0]
+            if not reason.startswith("INVALID_ARGUMENT"):
+                raise
             raise ValueError(f"topology {name!r}: libtpu has no such slice ({reason}); use even sides") from error
 
 

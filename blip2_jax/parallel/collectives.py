@@ -150,9 +150,14 @@ def collectives(program: Program, devices: int, slices: int = 1) -> list[Collect
       devices: all that run it.
       slices: equal parts of these, in order, with a slower network between them.
     """
-    found = []
+    found, chains = [], set()
     for item, computation, count in program.instructions():
         if item.opcode.removesuffix("-start") in KINDS:
+            # An exchange that goes on beside several fusions stands in each of them, as links of one chain.
+            chain = item.attribute(r'chain_id="(\d+)"')
+            if chain and (chain, item.attribute(r"channel_id=(\d+)")) in chains:
+                continue
+            chains.add((chain, item.attribute(r"channel_id=(\d+)")))
             found.append(_collective(item, computation, count, devices, devices // slices))
         elif item.opcode == "send" and "xla_megascale" in item.attributes:
             found.append(_transfer(item, computation, count, slices))

@@ -150,3 +150,21 @@ def test_what_tpus_do():
         ("all-reduce", large, large, True),
     }
     assert [str(array) for item in exchanges if item.kind == "all-gather" for array in item.arrays] == ["bf16[16,4]"]
+
+
+def test_an_exchange_beside_several_fusions_counts_once():
+    """XLA for TPUs has it go on while other things are computed, and writes it into each of these."""
+    links = "".join(
+        f"""
+%fused.{name} (x: f32[4,8]) -> f32[8,8] {{
+  %x = f32[4,8]{{1,0}} parameter(0)
+  ROOT %gather.{name} = f32[8,8]{{1,0}} all-gather(%x), channel_id={channel}, replica_groups={{{{0,1}}}}, CHAIN
+}}
+""".replace("CHAIN", f'frontend_attributes={{chain_id="{chain}"}}' if chain else "dimensions={0}")
+        for name, channel, chain in (("a", 5, "0"), ("b", 5, "0"), ("c", 6, "1"), ("d", 1, ""), ("e", 1, ""))
+    )
+    calls = "\n".join(f"  %{name} = f32[8,8]{{1,0}} fusion(%x), kind=kCustom, calls=%fused.{name}" for name in "abcde")
+    program = hlo.parse(
+        f"{links}\nENTRY %main (x: f32[4,8]) -> f32[4,8] {{\n  ROOT %x = f32[4,8] parameter(0)\n{calls}\n}}"
+    )
+    assert len(collectives.collectives(program, 2)) == 4

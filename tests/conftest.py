@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import pathlib
@@ -33,6 +34,10 @@ def pytest_addoption(parser):
     parity.addoption("--golden", default=str(pathlib.Path(__file__).parent / "golden"), help="folder of golden cases")
     parity.addoption("--mesh", default="", help='mesh of fake devices, such as "data=2,fsdp=2"; default one device')
     parity.addoption("--processes", default=1, type=int, help="run every test in so many processes that share the mesh")
+    with contextlib.suppress(ValueError):  # Newer versions of pytest have an option of that name, which will do.
+        parity.addoption(
+            "--strict", action="store_true", help="what is not built yet, or has nothing to test, is a failure"
+        )
 
 
 def pytest_cmdline_main(config) -> int | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pathlib
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,11 +20,16 @@ from blip2_jax.tasks.stage2 import Stage2
 _TASKS = {"stage1": Stage1, "stage2": Stage2}
 
 
-def create(config: ml_collections.ConfigDict) -> Task:
-    """The task that config.task names, its frozen parts loaded."""
+def create(config: ml_collections.ConfigDict, dtype: Any = None) -> Task:
+    """The task that config.task names; its frozen parts are read when they are first needed.
+
+    Args:
+      config: the recipe.
+      dtype: of frozen parameters and of matrix products; None: as suits the accelerator that is here.
+    """
     if config.task not in _TASKS:
         raise ValueError(f"config.task = {config.task!r}: expected one of {', '.join(_TASKS)}")
-    return _TASKS[config.task](config)
+    return _TASKS[config.task](config, dtype)
 
 
 def starting_point(task: Task) -> Callable[[jax.Array], params.Tree]:

@@ -7,6 +7,7 @@ import functools
 import pathlib
 import re
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -47,10 +48,15 @@ class Task(abc.ABC):
     model: nn.Module
     mesh: Mesh | None = None  # What frozen parameters are spread over, if it is set before they are read.
 
-    def __init__(self, config: ml_collections.ConfigDict):
-        """Build the modules; weights and tokenizers are read when they are first needed."""
+    def __init__(self, config: ml_collections.ConfigDict, dtype: Any = None):
+        """Build the modules; weights and tokenizers are read when they are first needed.
+
+        Args:
+          config: the recipe.
+          dtype: of frozen parameters and of matrix products; None: as suits the accelerator that is here.
+        """
         self.config = config
-        self.dtype = frozen.frozen_dtype()
+        self.dtype = frozen.frozen_dtype() if dtype is None else jnp.dtype(dtype)
         self.parts = {"vision": frozen.find("vision", config.vision), "bert": frozen.find("bert", config.bert)}
         self.encoder = frozen.vision_encoder(self.parts["vision"], config.image_size, self.dtype)
         self._encode = jax.jit(self.encoder.encode)

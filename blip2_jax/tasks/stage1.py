@@ -30,8 +30,8 @@ class Stage1(Task):
 
     name = "stage1"
 
-    def __init__(self, config):
-        super().__init__(config)
+    def __init__(self, config, dtype=None):
+        super().__init__(config, dtype)
         if config.data.max_text_tokens > self.blip2.qformer.max_positions:
             raise ValueError(
                 f"data.max_text_tokens = {config.data.max_text_tokens}, but the BERT {config.bert!r} has "

@@ -30,8 +30,8 @@ class Stage2(Task):
 
     name = "stage2"
 
-    def __init__(self, config):
-        super().__init__(config)
+    def __init__(self, config, dtype=None):
+        super().__init__(config, dtype)
         self.parts["llm"] = frozen.find("llm", config.llm)
         self.language_model = frozen.language_model(self.parts["llm"], self.dtype, **self._language_changes())
         self.model = SoftPromptModel(self.blip2, self.language_model.config.width)

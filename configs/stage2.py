@@ -166,6 +166,7 @@ def opt_2_7b() -> ConfigDict:
 def opt_6_7b() -> ConfigDict:
     """With OPT-6.7B: 108,314,880 trainable parameters."""
     config = opt_2_7b()
+    config.mesh = "data=-1,fsdp=4,tensor=1"  # Its 12.4 GiB are too much for a chip of 16 GB.
     config.llm = "hf:facebook/opt-6.7b"
     return config
 

@@ -248,4 +248,5 @@ def language_modeling_loss(
     Returns:
       float32[] nats.
     """
-    return _loss_sum(features, matrix, bias, targets, weights, label_smoothing, frozen_head)
+    with jax.named_scope("language_modeling_loss"):  # Its loop is known by this name in a compiled program.
+        return _loss_sum(features, matrix, bias, targets, weights, label_smoothing, frozen_head)

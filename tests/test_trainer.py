@@ -312,6 +312,10 @@ def test_nonsense_settings_are_errors_before_training(folder, tmp_path):
     for changes, message in (
         ({"mesh": "data=3"}, "does not fit 8 devices"),
         ({"batch_size": 9}, "batch_size 9 does not divide"),
+        ({"pieces": 2}, "8 devices 1 rows: expected a multiple of 2"),
+        ({"objective.itm_share": 0.3}, r"objective.itm_share = 0.3: expected 1, 1/2, 1/3"),
+        ({"objective.exchange": "bus"}, "objective.exchange = 'bus': expected one of ring, ragged, gather"),
+        ({"compat.preset": "blip"}, "compat.preset = 'blip'"),
         ({"total_steps": 0}, "total_steps must be above 0"),
         ({"data.train": "nano:nothing"}, "no such split"),
         ({"vision": "nano"}, "expected nano: or hf:DIR"),

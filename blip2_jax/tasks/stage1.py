@@ -18,6 +18,7 @@ from blip2_jax.data.text import clean_caption, log_frequencies
 from blip2_jax.evaluation import retrieval
 from blip2_jax.evaluation.batches import in_batches
 from blip2_jax.models.blip2 import ImageTextModel
+from blip2_jax.parallel.exchange import EXCHANGES
 from blip2_jax.tasks.common import Task
 from blip2_jax.tasks.stage1_loss import Stage1Loss
 
@@ -42,6 +43,11 @@ class Stage1(Task):
                 f"evaluation.rerank_rule = {config.evaluation.rerank_rule!r}: expected one of "
                 f"{', '.join(retrieval.RULES)}"
             )
+        if config.objective.exchange not in EXCHANGES:
+            raise ValueError(
+                f"objective.exchange = {config.objective.exchange!r}: expected one of {', '.join(EXCHANGES)}"
+            )
+        self.compat = compat.resolve(config.compat)
         self.model = ImageTextModel(self.blip2)
         self._image_features = jax.jit(self._encode_images)
         self._text_features = jax.jit(self._encode_texts)
@@ -120,7 +126,7 @@ class Stage1(Task):
             pieces=c.pieces,
             block=o.block,
             exchange=o.exchange,
-            switches=compat.resolve(c.compat),
+            switches=self.compat,
         )
 
     def rows_in_step(self) -> int:

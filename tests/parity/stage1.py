@@ -130,16 +130,17 @@ def losses(case: Case, mesh: Mesh | None) -> Quantities:
 def gradients(case: Case, mesh: Mesh | None) -> Quantities:
     """Every recorded gradient by its LAVIS name, in one piece and, where the batch divides, in two.
 
-    Those of a rank before DistributedDataParallel averages them belong to no loss of a whole batch and are left out, as
-    are those of keys' biases, which are zero but for noise.
+    Cases that share another's weights are compared in one piece alone. Gradients of a rank before
+    DistributedDataParallel averages them belong to no loss of a whole batch and are left out, as are those of keys'
+    biases, which are zero but for noise.
     """
     recorded = read(case)
     rows = len(recorded.batch["image"])
     shards = 1 if mesh is None else math.prod(mesh.shape[axis] for axis in golden.row_axes(mesh, rows))
-    divides = (rows // shards) % 2 == 0
+    twice = (rows // shards) % 2 == 0 and (case.path / "model.safetensors").exists()
     groups = sorted({name.rpartition("/")[0] for name in case.gradients} - {f"rank{r}/total" for r in range(99)})
     found: Quantities = {}
-    for pieces in (1, 2) if divides else (1,):
+    for pieces in (1, 2) if twice else (1,):
         compute = _gradient_of_terms(recorded, pieces)
         for group in groups:
             terms = _TERMS[group.rpartition("/")[2]]

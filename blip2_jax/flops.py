@@ -160,7 +160,7 @@ def _stage1(task: Stage1, batch: int, length: int) -> list[Part]:
 
 
 def _stage2(task: Stage2, batch: int, schema: Schema) -> list[Part]:
-    c, model, loss = task.blip2.qformer, task.language_model, task.language_loss
+    c, model, loss = task.blip2.qformer, task.language_model, task.objective
     length = lambda name: schema[name].shape[1] if name in schema else 0
     read = qformer_pass(c, c.queries, length("instruction_ids"), task.encoder.tokens)
     read += _dense(c.queries, c.width, model.config.width)

@@ -250,7 +250,7 @@ def test_the_step_forms_no_gradient_of_a_frozen_weight(stage2_run, folder):
     assert not matrix_products(text) & frozen_shapes
 
     def loss_of_everything(everything):
-        return stage2_run.task.language_loss.loss(*everything, batch, jax.random.key(0))
+        return stage2_run.task.objective.loss(*everything, batch, jax.random.key(0))
 
     # The control: where gradients of the language model are asked for, they are seen.
     both = jax.jit(jax.grad(loss_of_everything)).lower((stage2_run.state.trainable, stage2_run.frozen))
@@ -344,7 +344,7 @@ def test_captions_and_questions_share_a_batch(folder, stage1, tmp_path):
     tokenizer, found = run.task.tokenizer, []
     for _ in range(4):
         batch = next(run.data)
-        row = run.task.language_loss.texts(batch)
+        row = run.task.objective.texts(batch)
         for ids, mask in zip(np.asarray(row.ids), np.asarray(row.mask), strict=True):
             found.append(tokenizer.decode(ids[mask]))
     assert sum(text == "Question: category? Answer: shapes" for text in found) == 16

@@ -149,16 +149,14 @@ class Stage1Loss:
 
     def _apply(self, trainable, method: str, number: int, key: jax.Array, *inputs: Any, rows: jax.Array) -> Any:
         """A pass of the model, with dropout by the numbers of its rows if the model has any."""
-        own = {name: tree for name, tree in trainable.items() if name != "vision"}
-        config = self.model.config.qformer
+        config, own = self.model.config.qformer, _of_model(trainable)
         if not (config.dropout or config.attention_dropout):
-            return self.model.apply({"params": own}, *inputs, method=method)
+            return self.model.apply(own, *inputs, method=method)
         rngs = {"dropout": jax.random.fold_in(_dropout_key(key), number)}
-        return self.model.apply({"params": own}, *inputs, method=method, dropout_rows=rows, rngs=rngs)
+        return self.model.apply(own, *inputs, method=method, dropout_rows=rows, rngs=rngs)
 
     def _project(self, trainable, embeds: jax.Array) -> KeyValue:
-        own = {name: tree for name, tree in trainable.items() if name != "vision"}
-        return self.model.apply({"params": own}, embeds, method="project_image")
+        return self.model.apply(_of_model(trainable), embeds, method="project_image")
 
     def _read(self, trainable, embeds: jax.Array, batch: Batch, key: jax.Array) -> Reading:
         rows = batch["row"]
@@ -343,6 +341,11 @@ class Stage1Loss:
 
         zeros = jax.tree.map(jnp.zeros_like, vision)
         return jax.lax.scan(body, zeros, (pieces["image"], by_embeds))[0]
+
+
+def _of_model(trainable: params.Tree) -> dict[str, params.Tree]:
+    """Without an encoder that is trained beside it."""
+    return {"params": {name: tree for name, tree in trainable.items() if name != "vision"}}
 
 
 def _left_out(weight: float | jax.Array) -> bool:

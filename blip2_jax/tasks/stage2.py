@@ -51,7 +51,7 @@ class Stage2(Task):
         return isinstance(self.language_model, T5)
 
     @functools.cached_property
-    def language_loss(self) -> Stage2Loss:
+    def objective(self) -> Stage2Loss:
         return Stage2Loss(
             self.model,
             self.language_model,
@@ -214,10 +214,10 @@ class Stage2(Task):
 
     def soft_prompt(self, trainable: params.Tree, image_embeds: jax.Array, batch: Batch | None = None) -> jax.Array:
         """float[B, P, D_image], and of an InstructBLIP the batch with its instructions -> float[B, Q, D_language]."""
-        return self.language_loss.soft_prompt(trainable, image_embeds, batch or {})
+        return self.objective.soft_prompt(trainable, image_embeds, batch or {})
 
     def value_and_gradients(self, trainable, frozen, batch, key) -> tuple[tuple[jax.Array, Metrics], params.Tree]:
-        loss, gradients = self.language_loss.value_and_gradients(trainable, frozen, batch, key)
+        loss, gradients = self.objective.value_and_gradients(trainable, frozen, batch, key)
         return (loss, {}), gradients
 
     # Generation and evaluation.
@@ -229,7 +229,7 @@ class Stage2(Task):
 
     def _greedy(self, language, soft_prompt, prompt_ids, prompt_mask, max_new_tokens: int):
         model = self.language_model.bind({"params": language})
-        image = self.language_loss.prefix(model, soft_prompt)
+        image = self.objective.prefix(model, soft_prompt)
         prefix = jnp.concatenate([image, model.embed(prompt_ids)], axis=1)
         present = jnp.concatenate([jnp.ones(image.shape[:2], bool), prompt_mask], axis=1)
         return decoding.greedy(
@@ -265,7 +265,7 @@ class Stage2(Task):
         for batch_examples, batch in evaluation_batches(pictures, self._evaluation_collate, size):
             instruction = {name: batch[name] for name in batch if name.startswith("instruction_")}
             soft_prompts.append(np.asarray(self._soft_prompt(trainable, batch["image_embeds"], instruction)))
-            texts.append(self.language_loss.texts(batch))
+            texts.append(self.objective.texts(batch))
             examples += batch_examples
         captions = [clean_caption(example["caption"], data.lower_case) for example in examples]
         true, shuffled = self._true_and_shuffled_loss(np.concatenate(soft_prompts), texts, captions)
@@ -306,7 +306,7 @@ class Stage2(Task):
     def _count_nats(self, language, soft_prompt, texts: Texts) -> tuple[jax.Array, jax.Array]:
         """Sum of the losses of the tokens that count, and their number."""
         weights = texts.counts.astype(jnp.float32)
-        return self.language_loss.language_loss(language, soft_prompt, texts, weights), weights.sum()
+        return self.objective.language_loss(language, soft_prompt, texts, weights), weights.sum()
 
     def _true_and_shuffled_loss(self, soft_prompts, texts: list[Texts], captions) -> tuple[float, float]:
         """Nats a target token with each caption's own picture, and with another's: half the set further on."""

@@ -54,7 +54,7 @@ def test_the_loss_is_that_of_the_targets_behind_image_and_prompt(stage2):
         for i, text in enumerate(TEXTS)
     ]
     batch = task.collate([task.prepare_caption(example) for example in examples])
-    found = task.language_loss.loss(trainable, task.frozen, batch, jax.random.key(0))
+    found = task.objective.loss(trainable, task.frozen, batch, jax.random.key(0))
 
     soft_prompt, losses = task.soft_prompt(trainable, embeds), []
     prompt = task.tokenizer.encode(task.config.data.prompt)
@@ -131,7 +131,7 @@ def test_the_papers_recipes_know_their_lengths_without_a_tokenizer(variant, leng
     config = runpy.run_path(str(pathlib.Path(__file__).parents[2] / "configs" / "stage2.py"))["get_config"](variant)
     task = tasks.create(config)
     assert task._lengths() == lengths
-    assert task.language_loss.begin == ()
+    assert task.objective.begin == ()
 
 
 def test_an_encoder_decoder_and_instructions_train_and_are_not_decoded_yet(folder, t5, tmp_path):

@@ -28,14 +28,6 @@ from blip2_jax import ahead_of_time, files, flops
 from blip2_jax.parallel import chips, collectives, estimate, hlo
 from blip2_jax.parallel import mesh as meshes
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "A recipe: a file of configs/, :VARIANT behind it.")
-_TOPOLOGY = flags.DEFINE_string("topology", None, "CHIP:SIDES of a slice, such as v5e:16x16 or v4:4x4x4.")
-_SLICES = flags.DEFINE_integer("slices", 1, "How many such slices, with the data center network between them.")
-_DEVICES = flags.DEFINE_string("devices", None, "cpu:N instead of a topology: a dry run on N fake devices.")
-_MESH = flags.DEFINE_string("mesh", None, "Instead of config.mesh.")
-_STEPS = flags.DEFINE_integer("steps", None, "Length of the run, for its chip-hours; by default config.total_steps.")
-_JSON = flags.DEFINE_string("json", None, "A file to write the plan to.")
-
 _SHOWN = 12  # Exchanges in the table; the file has all.
 
 
@@ -199,37 +191,58 @@ def _fake_devices(text: str) -> list[jax.Device]:
     return jax.devices("cpu")
 
 
-def run(config: ml_collections.ConfigDict | None) -> None:
-    """Plan what the flags say.
+def run(
+    config: ml_collections.ConfigDict | None,
+    topology: str | None = None,
+    slices: int = 1,
+    devices: str | None = None,
+    mesh: str | None = None,
+    steps: int | None = None,
+    json: str | None = None,
+) -> None:
+    """Print the plan of a recipe, and write it if `json` names a file; arguments are the flags of the command.
 
     Raises:
       ValueError, ModuleNotFoundError: they contradict each other, or libtpu is not installed.
     """
-    if config is None or (_TOPOLOGY.value is None) == (_DEVICES.value is None):
+    if config is None or (topology is None) == (devices is None):
         raise ValueError("plan needs --config=FILE, and either --topology=CHIP:SIDES or --devices=cpu:N")
     # Nothing runs here, and a TPU that is here stays free for others.
     jax.config.update("jax_platforms", "cpu")
-    topology = None
-    if _TOPOLOGY.value is not None:
-        topology = chips.parse_topology(_TOPOLOGY.value, _SLICES.value)
-    elif _SLICES.value != 1:
+    pod = None
+    if topology is not None:
+        pod = chips.parse_topology(topology, slices)
+    elif slices != 1:
         raise ValueError("--slices goes with --topology: fake devices have one network")
-    devices = topology.devices() if topology else _fake_devices(_DEVICES.value)
-    if _MESH.value is not None:
-        config.mesh = _MESH.value
-    plan = make_plan(config, devices, topology, _STEPS.value)
+    found = pod.devices() if pod else _fake_devices(devices)
+    if mesh is not None:
+        config.mesh = mesh
+    plan = make_plan(config, found, pod, steps)
     print(table(plan))
-    if _JSON.value:
-        files.write_json(pathlib.Path(_JSON.value).expanduser(), plan)
+    if json:
+        files.write_json(pathlib.Path(json).expanduser(), plan)
+
+
+def _define_flags() -> None:
+    """Only for the command, since other commands have flags of the same names."""
+    config_flags.DEFINE_config_file("config", None, "A recipe: a file of configs/, :VARIANT behind it.")
+    flags.DEFINE_string("topology", None, "CHIP:SIDES of a slice, such as v5e:16x16 or v4:4x4x4.")
+    flags.DEFINE_integer("slices", 1, "How many such slices, with the data center network between them.")
+    flags.DEFINE_string("devices", None, "cpu:N instead of a topology: a dry run on N fake devices.")
+    flags.DEFINE_string("mesh", None, "Instead of config.mesh.")
+    flags.DEFINE_integer("steps", None, "Length of the run, for its chip-hours; by default config.total_steps.")
+    flags.DEFINE_string("json", None, "A file to write the plan to.")
 
 
 def main(_argv: list[str]) -> None:
     logging.set_verbosity(logging.WARNING)
+    given = flags.FLAGS
     try:
-        run(_CONFIG.value)
+        run(given.config, given.topology, given.slices, given.devices, given.mesh, given.steps, given.json)
     except (ValueError, OSError, ModuleNotFoundError) as error:
         sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":
+    _define_flags()
     app.run(main)

@@ -8,8 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from absl import flags
-from absl.testing import flagsaver
 
 from blip2_jax import ahead_of_time, params, plan
 from blip2_jax.parallel import chips, hlo, sharding
@@ -111,18 +109,9 @@ def test_what_does_not_fit_is_an_error_before_anything_is_compiled(changes, mess
         dry_run("stage1", folder, **changes)
 
 
-@pytest.fixture
-def arguments():
-    """Sets the flags of the command."""
-    if not flags.FLAGS.is_parsed():
-        flags.FLAGS(["plan"])
-    with flagsaver.flagsaver():
-        yield lambda **values: [setattr(flags.FLAGS, name, value) for name, value in values.items()]
-
-
-def test_the_command(arguments, folder, own_cache, tmp_path, capsys):
-    arguments(devices="cpu:8", mesh="data=4,fsdp=2", steps=7, json=str(tmp_path / "plan.json"))
-    plan.run(tiny_recipe("stage2", folder))
+def test_the_command(folder, own_cache, tmp_path, capsys):
+    arguments = {"devices": "cpu:8", "mesh": "data=4,fsdp=2", "steps": 7, "json": str(tmp_path / "plan.json")}
+    plan.run(tiny_recipe("stage2", folder), **arguments)
     found = json.loads((tmp_path / "plan.json").read_text())
     assert (found["mesh"], found["steps"]) == ({"data": 4, "fsdp": 2, "tensor": 1}, 7)
     assert "mesh data=4,fsdp=2,tensor=1, batch 8" in capsys.readouterr().out
@@ -138,17 +127,15 @@ def test_the_command(arguments, folder, own_cache, tmp_path, capsys):
         ({"topology": "v5e:big"}, "topology 'v5e:big': expected CHIP:SIDES"),
     ],
 )
-def test_flags_that_make_no_sense(arguments, values, message, folder, own_cache):
-    arguments(**values)
+def test_flags_that_make_no_sense(values, message, folder, own_cache):
     with pytest.raises(ValueError, match=re.escape(message)):
-        plan.run(tiny_recipe("stage1", folder))
+        plan.run(tiny_recipe("stage1", folder), **values)
 
 
-def test_without_libtpu_the_error_says_what_to_install(arguments, folder, own_cache, monkeypatch):
-    arguments(topology="v5e:2x2")
+def test_without_libtpu_the_error_says_what_to_install(folder, own_cache, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ModuleNotFoundError, match=r"needs libtpu, but no TPU: pip install 'jax\[tpu\]'"):
-        plan.run(tiny_recipe("stage1", folder))
+        plan.run(tiny_recipe("stage1", folder), topology="v5e:2x2")
 
 
 @pytest.mark.parametrize(

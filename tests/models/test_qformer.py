@@ -126,7 +126,7 @@ def test_the_cache_equals_one_pass_with_the_causal_pattern(qformer):
         image = model.project_image(image_embeds)
         hidden = (model._embed_queries(B, True), model._embed_text(ids, True))
         mask = attention_mask(AttentionPattern.CAUSAL, Q, text_mask)
-        (_, text), _ = model.transformer(hidden, mask, image, None, True)
+        (_, text), _ = model.transformer(hidden, mask, image, None, None)
         return model.lm_head(text)[0]
 
     cached = passes(config)(variables, image_embeds, ids, text_mask)["decoded"]
@@ -141,7 +141,7 @@ def test_both_single_passes_equal_one_with_the_unimodal_pattern(qformer):
         image = model.project_image(image_embeds)
         hidden = (model._embed_queries(B, True), model._embed_text(ids, True))
         mask = attention_mask(AttentionPattern.UNIMODAL, Q, text_mask)
-        return model.transformer(hidden, mask, image, None, True)[0]
+        return model.transformer(hidden, mask, image, None, None)[0]
 
     outputs = passes(config)(variables, image_embeds, ids, text_mask)
     queries, text = jax.jit(functools.partial(QFormer(config).apply, method=whole))(variables)

@@ -1,10 +1,7 @@
 """Two processes on this machine are one run: they compute what one process with as many devices does."""
 
 import json
-import os
 import pathlib
-import socket
-import subprocess
 import sys
 
 import jax
@@ -15,6 +12,7 @@ from blip2_jax.checkpoints.store import Store
 from blip2_jax.monitoring.metrics import read_metrics
 from blip2_jax.parallel import mesh as meshes
 from blip2_jax.parallel import processes
+from tests import processes as together
 from tests import test_step, tiny
 
 MESH = "data=2,fsdp=2"
@@ -35,33 +33,11 @@ def test_the_environment_says_whether_there_are_others(environment, several):
     assert processes.expected(environment) == several
 
 
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
-
-
 def start(command: list[str], count: int, **environment: str) -> list[str]:
-    """Run a command in so many processes of together four devices; what each wrote to stderr."""
-    environment = os.environ | {"JAX_NUM_CPU_DEVICES": str(4 // count), "JAX_PLATFORMS": "cpu"} | environment
-    if count > 1:
-        environment |= {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free_port()}", "JAX_NUM_PROCESSES": str(count)}
-    running = [
-        subprocess.Popen(
-            [sys.executable, "-m", *command],
-            env=environment | {"JAX_PROCESS_ID": str(number)},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for number in range(count)
-    ]
-    try:
-        errors = [process.communicate(timeout=900)[1] for process in running]
-    finally:
-        for process in running:
-            process.kill()
-    assert all(process.returncode == 0 for process in running), "\n\n".join(errors)
-    return errors
+    """Run a command in so many processes of together four devices; what each wrote."""
+    ended = together.run(command, count, 4, **environment)
+    assert all(end.code == 0 for end in ended), "\n\n".join(end.output for end in ended)
+    return [end.output for end in ended]
 
 
 def steps(folder: pathlib.Path) -> dict:
@@ -101,6 +77,14 @@ def test_two_processes_step_as_one_does(tmp_path):
         np.testing.assert_array_equal([*left.values()], [*right.values()])
         np.testing.assert_allclose([*left.values()], [*alone.values()], rtol=1e-6)
     np.testing.assert_allclose(first["kernel"], one["kernel"], rtol=1e-6)
+
+
+def test_a_recorded_case_in_two_processes():
+    """As `pytest tests/parity --processes=2` runs all of them."""
+    parity = ["pytest", "tests/parity", "--mesh=data=2,fsdp=2", "--processes=2"]
+    (ended,) = together.run([*parity, "-k", "stage1_ws1-gradients"], 1, 1)
+    assert ended.code == 0, ended.output
+    assert "1 passed" in ended.output
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ import tempfile
 # Before jax starts: eight devices, so that meshes can be tested anywhere.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Compiling is most of what tests do: it takes a quarter of the time without what only makes programs faster. And
-# devices that share few cores must come to the exchanges of a program in one order, or they wait for each other for ever.
+# devices that share few cores must come to a program's exchanges in one order, or they wait for each other for ever.
 os.environ["XLA_FLAGS"] = (
     "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false "
     f"--xla_cpu_enable_concurrency_optimized_scheduler=false {os.environ.get('XLA_FLAGS', '')}"

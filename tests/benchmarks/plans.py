@@ -36,7 +36,7 @@ def main(folder: pathlib.Path) -> None:
         "compute / memory / network, ms | images/s/chip at best | MFU | chip-hours of the run |"
     )
     print("| --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
-    for file in sorted(folder.glob("*/*.json"), reverse=True):
+    for file in sorted(folder.glob("*/*.json")):
         print(row(file))
 
 

@@ -3,7 +3,7 @@
 python -m tests.benchmarks.objectives_memory [--time] [--picture FILE.png]
 
 On 8 fake devices, at 32 queries and a projection to 256: temporary bytes a device, by the compiler's own account, in
-blocks of 256 captions and, for contrast, in one block of everything. With --time also seconds up to a batch of 4,096,
+blocks of 128 captions and, for contrast, in one block of everything. With --time also seconds up to a batch of 4,096,
 of the objectives alone and behind a toy Q-Former with its own gradient; the fake devices share this machine's cores.
 """
 
@@ -24,7 +24,7 @@ from blip2_jax.objectives import contrastive, matching
 from blip2_jax.parallel.mesh import make_mesh
 from tests.benchmarks.tables import markdown
 
-DEVICES, QUERIES, WIDTH, BLOCK = 8, 32, 256, 256
+DEVICES, QUERIES, WIDTH, BLOCK = 8, 32, 256, 128
 BATCHES = tuple(2**n for n in range(8, 15))
 TIMED = 4096  # The largest batch that is run.
 TOKENS, MODEL = 16, 128  # Of the toy's images, and its width.

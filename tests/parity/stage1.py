@@ -23,7 +23,7 @@ from blip2_jax.parallel import mesh as meshes
 from blip2_jax.parallel import sharding
 from blip2_jax.step import initial_state, make_step
 from blip2_jax.tasks.stage1_loss import Stage1Loss
-from tests.parity import golden
+from tests.parity import golden, ranks
 from tests.parity.golden import Built, Case
 
 # Quantity -> (ours, recorded), or ours alone where the recorded one has its name.
@@ -76,8 +76,8 @@ def by_rank(arrays: dict[str, np.ndarray]) -> list[dict[str, np.ndarray]]:
 
 def read(case: Case) -> Recorded:
     """The loss, the parameters and the batch of a case."""
-    ranks = by_rank(case.inputs)
-    whole = {name: np.concatenate([rank[name] for rank in ranks]) for name in ranks[0]}
+    parts = by_rank(case.inputs)
+    whole = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     if "images" in whole:  # Of every training step; here the first.
         whole |= {"image": whole["images"][0]} | {name: whole[name][0] for name in ("neg_image_idx", "neg_text_idx")}
     encoder, _, tower = golden.vit(case, prefix="visual_encoder.")
@@ -95,7 +95,7 @@ def read(case: Case) -> Recorded:
         "negative_text": whole["neg_text_idx"].astype(np.int32),
     }
     own = LAVIS if "through_gather" not in case.name else dataclasses.replace(LAVIS, gather_gradient=True)
-    switches = dataclasses.replace(own, positives="image" if "image_id" in whole else "pair", world_size=len(ranks))
+    switches = dataclasses.replace(own, positives="image" if "image_id" in whole else "pair", world_size=len(parts))
     loss = Stage1Loss(
         built.module,
         lambda parameters, image: ViT(encoder).apply({"params": parameters}, image),
@@ -106,7 +106,7 @@ def read(case: Case) -> Recorded:
         switches=switches,
     )
     unfrozen = "unfrozen" in case.name
-    return Recorded(loss, {"trainable": built, "vision": tower}, unfrozen, batch, len(ranks))
+    return Recorded(loss, {"trainable": built, "vision": tower}, unfrozen, batch, len(parts))
 
 
 def losses(case: Case, mesh: Mesh | None) -> Quantities:
@@ -115,11 +115,11 @@ def losses(case: Case, mesh: Mesh | None) -> Quantities:
     find = lambda loss: golden.run(
         lambda trees, batch: loss.loss(*recorded.inputs(trees, batch)), recorded.trees, recorded.batch, mesh
     )
-    ranks = by_rank(case.outputs)
+    outputs = by_rank(case.outputs)
     names = {"loss_itc": "loss_itc", "loss_itm": "loss_itm", "loss_lm": "loss_itg"}
     total, metrics = find(recorded.loss)
     ours = {"loss": total} | {name: metrics[own] for name, own in names.items()}
-    found: Quantities = {name: (value, np.mean([rank[name] for rank in ranks])) for name, value in ours.items()}
+    found: Quantities = {name: (value, np.mean([output[name] for output in outputs])) for name, value in ours.items()}
     if "global/loss" in case.outputs:
         switches = dataclasses.replace(recorded.loss.switches, rank_token_mean=False)
         total, metrics = find(dataclasses.replace(recorded.loss, switches=switches))
@@ -130,15 +130,15 @@ def losses(case: Case, mesh: Mesh | None) -> Quantities:
 def gradients(case: Case, mesh: Mesh | None) -> Quantities:
     """Every recorded gradient by its LAVIS name, in one piece and, where the batch divides, in two.
 
-    Cases that share another's weights are compared in one piece alone. Gradients of a rank before
-    DistributedDataParallel averages them belong to no loss of a whole batch and are left out, as are those of keys'
-    biases, which are zero but for noise.
+    Cases that share another's weights are compared in one piece alone, as is a rank's gradient before
+    DistributedDataParallel averages it. Keys' biases, whose gradients are zero but for noise, are left out.
     """
     recorded = read(case)
     rows = len(recorded.batch["image"])
     shards = 1 if mesh is None else math.prod(mesh.shape[axis] for axis in golden.row_axes(mesh, rows))
     twice = (rows // shards) % 2 == 0 and (case.path / "model.safetensors").exists()
-    groups = sorted({name.rpartition("/")[0] for name in case.gradients} - {f"rank{r}/total" for r in range(99)})
+    of_rank = {f"rank{rank}/total": rank for rank in range(recorded.ranks)}
+    groups = sorted({name.rpartition("/")[0] for name in case.gradients} - of_rank.keys())
     found: Quantities = {}
     for pieces in (1, 2) if twice else (1,):
         compute = _gradient_of_terms(recorded, pieces)
@@ -148,6 +148,13 @@ def gradients(case: Case, mesh: Mesh | None) -> Quantities:
             ours = golden.run(compute, recorded.trees | {"weights": weights}, recorded.batch, mesh)
             label = group if pieces == 1 else f"{group} in {pieces} pieces"
             found |= {f"{label}/{name}": pair for name, pair in _beside_recorded(case, recorded, ours, group)}
+    before_averaging = _gradient_of_rank(recorded)
+    for group, rank in of_rank.items():
+        if any(name.startswith(f"{group}/") for name in case.gradients):
+            ours = golden.run(
+                before_averaging, recorded.trees | {"weights": {"rank": np.int32(rank)}}, recorded.batch, mesh
+            )
+            found |= {f"{group}/{name}": pair for name, pair in _beside_recorded(case, recorded, ours, group)}
     return found
 
 
@@ -157,6 +164,15 @@ def _gradient_of_terms(recorded: Recorded, pieces: int):
     def compute(trees, batch):
         loss = dataclasses.replace(recorded.loss, pieces=pieces, **trees["weights"])
         return loss.value_and_gradients(*recorded.inputs(trees, batch))[1]
+
+    return compute
+
+
+def _gradient_of_rank(recorded: Recorded):
+    """A function of trees (with the rank among the weights) and batch."""
+
+    def compute(trees, batch):
+        return ranks.gradient(recorded.loss, recorded.inputs(trees, batch), trees["weights"]["rank"], recorded.ranks)
 
     return compute
 

@@ -18,8 +18,8 @@ import jax
 import numpy as np
 
 from blip2_jax import files, params, tasks
+from blip2_jax.data.mixture import parse_mixture
 from blip2_jax.data.pipeline import Pictures
-from blip2_jax.data.sources import parse_mixture
 from blip2_jax.evaluation import attention, baselines
 from blip2_jax.monitoring import comparison, report
 from blip2_jax.monitoring.metrics import read_metrics

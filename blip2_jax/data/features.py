@@ -19,7 +19,7 @@ import numpy as np
 
 from blip2_jax import files
 from blip2_jax.data import images
-from blip2_jax.data.sources import Source
+from blip2_jax.data.records import Source
 from blip2_jax.monitoring.progress import progress
 
 _BATCH = 64

@@ -15,7 +15,8 @@ import jax
 import numpy as np
 
 from blip2_jax.data.features import FeatureTable, View
-from blip2_jax.data.sources import Record, Source, identify
+from blip2_jax.data.records import Record, Source
+from blip2_jax.data.sources import identify
 
 Batch = dict[str, Any]  # Arrays by field: of numpy on the host, of jax in a step.
 Schema = dict[str, jax.ShapeDtypeStruct]

@@ -22,8 +22,10 @@ from blip2_jax.checkpoints.bert import initialize_qformer, qformer_config
 from blip2_jax.checkpoints.downloads import cache_directory
 from blip2_jax.checkpoints.qformer import INSTRUCTION_TOKENIZER
 from blip2_jax.data.features import View, compute
+from blip2_jax.data.mixture import parse_mixture
 from blip2_jax.data.pipeline import Batch, Part, Pictures, Schema
-from blip2_jax.data.sources import Source, open_source, parse_mixture
+from blip2_jax.data.records import Source
+from blip2_jax.data.sources import open_source
 from blip2_jax.data.text import CaptionTokenizer, clean_caption
 from blip2_jax.evaluation.batches import in_batches
 from blip2_jax.models.blip2 import Blip2Config

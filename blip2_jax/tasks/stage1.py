@@ -12,8 +12,9 @@ import numpy as np
 
 from blip2_jax import compat, params
 from blip2_jax.checkpoints.bert import has_language_head
+from blip2_jax.data.mixture import parse_mixture
 from blip2_jax.data.pipeline import Batch, Part, Pictures, Schema, collate_images, evaluation_batches
-from blip2_jax.data.sources import identify, parse_mixture
+from blip2_jax.data.sources import identify
 from blip2_jax.data.text import clean_caption, log_frequencies
 from blip2_jax.evaluation import retrieval
 from blip2_jax.evaluation.batches import in_batches

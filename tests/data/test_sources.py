@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from blip2_jax.data import sources
+from blip2_jax.data import mixture, sources
 
 
 def picture(colour, size=(20, 10)):
@@ -123,12 +123,12 @@ def test_unknown_sources(name):
 
 
 def test_mixtures():
-    assert sources.parse_mixture("nano:train") == [("nano:train", 1.0)]
-    assert sources.parse_mixture("nano:train@3 + folder:x@1") == [("nano:train", 0.75), ("folder:x", 0.25)]
-    assert sources.parse_mixture("nano:train + folder:x") == [("nano:train", 0.5), ("folder:x", 0.5)]
+    assert mixture.parse_mixture("nano:train") == [("nano:train", 1.0)]
+    assert mixture.parse_mixture("nano:train@3 + folder:x@1") == [("nano:train", 0.75), ("folder:x", 0.25)]
+    assert mixture.parse_mixture("nano:train + folder:x") == [("nano:train", 0.5), ("folder:x", 0.5)]
     for text in ("nano:train@-1", "nano:train@x", " + nano:train"):
         with pytest.raises(ValueError, match="mixture"):
-            sources.parse_mixture(text)
+            mixture.parse_mixture(text)
 
 
 def test_identities_are_two_words_of_a_hash():

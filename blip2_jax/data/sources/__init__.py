@@ -1,13 +1,10 @@
 """Where records come from. A source is named by one string and read by index.
 
-    nano:SPLIT          the pictures that ship with the package (assets/pictures)
-    arrayrecord:GLOB    our own ArrayRecord files, as `assets/build/pictures.py` writes them
-    folder:DIR          pictures, each beside a text file of the same name that holds its caption
-    jsonl:FILE          one JSON object a line: {"image": PATH, "caption": TEXT}, paths relative to the file; other
-                        fields, such as "category", stay with the record
-
-A record is a dictionary: `key` (str), `image` (encoded bytes), `captions` (list of str), and whatever else the source
-knows, such as `category`.
+nano:SPLIT          the pictures that ship with the package (assets/pictures)
+arrayrecord:GLOB    our own ArrayRecord files, as `assets/build/pictures.py` writes them
+folder:DIR          pictures, each beside a text file of the same name that holds its caption
+jsonl:FILE          one JSON object a line: {"image": PATH, "caption": TEXT}, paths relative to the file; other
+                    fields, such as "category", stay with the record
 """
 
 from __future__ import annotations
@@ -17,27 +14,16 @@ import hashlib
 import json
 import pathlib
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
 
 import msgpack
 import numpy as np
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 
 from blip2_jax.data.images import check_image
+from blip2_jax.data.records import Record, Source
 
-Record = dict[str, Any]
-PICTURES = pathlib.Path(__file__).parent.parent / "assets" / "pictures"
+PICTURES = pathlib.Path(__file__).parents[2] / "assets" / "pictures"
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
-
-
-class Source(Protocol):
-    """Random access to records; `identity` is a hash of what they are, for caches and resumption."""
-
-    identity: str
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> Record: ...
 
 
 def _hash(parts: Sequence[str]) -> str:
@@ -156,24 +142,6 @@ def open_source(name: str) -> Source:
     if not separator or kind not in _KINDS:
         raise ValueError(f"data source {name!r}: expected KIND:WHAT with KIND one of {', '.join(_KINDS)}")
     return _KINDS[kind](rest)
-
-
-def parse_mixture(text: str) -> list[tuple[str, float]]:
-    """ "SRC@0.7 + SRC@0.3" to [(source, share)]; shares are normalised, and equal when none is given."""
-    parts = [part.strip() for part in text.split(" + ")]
-    if not all(parts):
-        raise ValueError(f"data mixture {text!r}: expected 'SOURCE@WEIGHT + SOURCE@WEIGHT'")
-    names, weights = [], []
-    for part in parts:
-        name, separator, weight = part.rpartition("@")
-        try:
-            names.append(name if separator else part)
-            weights.append(float(weight) if separator else 1.0)
-        except ValueError as error:
-            raise ValueError(f"data mixture {text!r}: {weight!r} is not a weight") from error
-    if min(weights) <= 0:
-        raise ValueError(f"data mixture {text!r}: weights must be above 0")
-    return [(name, weight / sum(weights)) for name, weight in zip(names, weights, strict=True)]
 
 
 def identify(*parts: str) -> np.ndarray:

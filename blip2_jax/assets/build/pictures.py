@@ -26,11 +26,11 @@ import tempfile
 from collections import defaultdict
 
 import msgpack
-from array_record.python import array_record_module
 from PIL import Image
 from tqdm import tqdm
 
 from blip2_jax.assets.build import names
+from blip2_jax.data.shards import write_shard
 
 PACKAGES = {
     "noto": ("emoji-datasource-google", "fb5fd131b362aab7a55542d2a147a79708cce0a8b1c1bbacd470172708b5c438"),
@@ -172,13 +172,9 @@ def build(output: pathlib.Path) -> None:
                     picture = draw(variant["image"])
                     toned = f"{caption} with {words}"
                     splits["train_tones"].append(record(picture, entry, artist, toned, tone.lower()))
-    output.mkdir(parents=True, exist_ok=True)
     for name, records in splits.items():
         path = output / f"{name}.arrayrecord"
-        writer = array_record_module.ArrayRecordWriter(str(path), "group_size:1")
-        for item in records:
-            writer.write(msgpack.packb(item))
-        writer.close()
+        write_shard(path, map(msgpack.packb, records))
         print(f"{path}: {len(records)} pictures, {path.stat().st_size / 1e6:.2f} MB")
 
 

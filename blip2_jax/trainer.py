@@ -15,11 +15,12 @@ import numpy as np
 from blip2_jax import compat, files, optimizer, params, tasks
 from blip2_jax.checkpoints import frozen
 from blip2_jax.checkpoints.store import Store, read_config
-from blip2_jax.data.pipeline import check_batch, training_batches
+from blip2_jax.data.pipeline import check_batch, check_order, order_identity, training_batches
 from blip2_jax.monitoring import report
 from blip2_jax.monitoring.clock import Clock
 from blip2_jax.monitoring.metrics import MetricsWriter
 from blip2_jax.monitoring.progress import progress
+from blip2_jax.monitoring.rejects import Rejects
 from blip2_jax.parallel import mesh as meshes
 from blip2_jax.step import initial_state, make_step
 
@@ -57,11 +58,7 @@ class Run:
         meshes.check_batch_size(config.batch_size, self.mesh, self.task.rows_in_step())
         self.task.mesh = self.mesh
         starting_point = tasks.starting_point(self.task)
-        parts = self.task.training_parts()
-        rows = meshes.own_rows(config.batch_size, self.mesh)
-        self.data = iter(
-            training_batches(parts, self.task.collate, config.batch_size, config.seed, config.data.threads, rows)
-        )
+        self.parts = self.task.training_parts()
         self.evaluated = self.task.evaluation_pictures() if config.data.eval else {}
 
         self.frozen = self.task.frozen
@@ -82,10 +79,11 @@ class Run:
         for name in ("total_steps", "max_skipped_in_a_row"):
             if not config[name] > 0:
                 raise ValueError(f"{name} must be above 0, found {config[name]}")
-        if jax.process_count() > 1 and (config.data.eval or config.data.feature_views):
+        if jax.process_count() > 1 and (config.data.eval or (config.data.feature_views and not config.data.features)):
             raise ValueError(
-                f"{jax.process_count()} processes train, but evaluate and compute image tokens before training only "
-                "alone: set data.eval='' and data.feature_views=0, and evaluate the workdir with one process"
+                f"{jax.process_count()} processes train, but do not evaluate, nor compute image tokens before: set "
+                "data.eval='' and evaluate the workdir with one process; and set data.feature_views=0, or run "
+                "cache_features and name its folder in data.features"
             )
         self.compat = compat.resolve(config.compat)
         self.schedule = optimizer.schedule(config.optimizer, config.total_steps, self.compat.epoch_schedule)
@@ -116,9 +114,29 @@ class Run:
         if self.store.newest is not None:
             checkpoint = workdir / "checkpoints" / str(self.store.newest)
             frozen.check(self.task.parts, json.loads((checkpoint / "frozen.json").read_text()), str(checkpoint))
-            self.state = self.store.restore(self.state, self.data)
+            self.state = self.store.restore(self.state)
             print(f"resumed from step {self.store.newest} of {workdir}", file=sys.stderr)
-        self.metrics = MetricsWriter(workdir, int(self.state.step)) if self.leads else None
+        step = int(self.state.step)
+        self.metrics = MetricsWriter(workdir, step) if self.leads else None
+        known = self.store.data_facts() if self.store.newest is not None else {}
+        self.rejects = Rejects(workdir, step, config.data.max_rejected, known.get("rejected", {}))
+        self._open_data(known.get("order"))
+
+    def _open_data(self, known: list[dict] | None) -> None:
+        """Batches from the next step on; `known` are the sources that the run began with."""
+        config, self.order = self.config, order_identity(self.parts)
+        if known:
+            check_order(known, self.order)
+        self.data = training_batches(
+            self.parts,
+            self.task.batches.collate,
+            config.batch_size,
+            config.seed,
+            rows=meshes.own_rows(config.batch_size, self.mesh),
+            start=int(self.state.step),
+            threads=config.data.threads,
+            workers=config.data.workers,
+        )
 
     def train(self) -> None:
         """Run to the end.
@@ -133,6 +151,7 @@ class Run:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
             self.store.close()
+            self.rejects.close()
             if self.metrics:
                 self.metrics.close()
 
@@ -144,11 +163,11 @@ class Run:
 
     def _loop(self) -> None:
         total, start = self.config.total_steps, int(self.state.step)
-        previous: tuple[int, dict] | None = None
+        previous: tuple[int, dict, list] | None = None
         with progress(total=total, initial=start, desc=self.task.name, unit="step") as bar:
             for number in range(start + 1, total + 1):
                 with self.clock.measure("data"):
-                    batch = next(self.data)
+                    batch, rejects = next(self.data)
                 first = number == start + 1
                 with self.clock.measure("compile" if first else "train"), jax.set_mesh(self.mesh):
                     batch = meshes.global_batch(batch, self.config.batch_size, self.mesh)
@@ -159,7 +178,7 @@ class Run:
                 # Read the step before this one, so that the device never waits for the host.
                 if previous:
                     self._look_at(*previous, bar)
-                previous = (number, metrics)
+                previous = (number, metrics, rejects)
                 saving = number == total or number % self.config.checkpoint_every == 0
                 evaluating = number == total or (self.config.eval_every and number % self.config.eval_every == 0)
                 if evaluating or saving or self._asked_to_stop is not None:
@@ -173,12 +192,13 @@ class Run:
                 if self._asked_to_stop is not None and number < total:
                     raise Interrupted(f"stopped by {signal.Signals(self._asked_to_stop).name} after step {number}")
 
-    def _look_at(self, number: int, metrics: dict, bar: Any, extra: dict | None = None) -> None:
+    def _look_at(self, number: int, metrics: dict, rejects: list, bar: Any, extra: dict | None = None) -> None:
         """Log a step that is done, where that is due.
 
         Raises:
           FloatingPointError: it is the last of too many in a row that were not finite.
         """
+        self.rejects.add(number, rejects)
         limit = self.config.max_skipped_in_a_row
         too_many = int(metrics["skipped_in_a_row"]) >= limit
         due = number in (1, self.config.total_steps) or number % self.config.log_every == 0
@@ -197,9 +217,13 @@ class Run:
         applied = number - 1 - (values["skipped_steps"] - bool(values["skipped_in_a_row"]))
         values["learning_rate"] = float(self.config.optimizer.learning_rate * self.schedule(applied))
         left = self.config.total_steps - number
+        rejected = self.rejects.by_reason()
+        values |= {"data/rejected": sum(rejected.values())}
+        values |= {f"data/rejected/{reason}": count for reason, count in rejected.items()}
         values |= self.clock.pace(self.config.batch_size, jax.device_count(), left) | extra
         if self.metrics:
             self.metrics.write(number, values)
+        self.rejects.check(rejected, number * self.config.batch_size)
         shown = [
             f"{name.removeprefix('loss_')} {value:.3f}" for name, value in values.items() if name.startswith("loss")
         ]
@@ -219,7 +243,8 @@ class Run:
 
     def _save(self) -> None:
         with self.clock.measure("checkpoint"):
-            self.store.save(self.state, self.data, self.resolved, self.task.frozen_identity())
+            data = {"order": self.order, "rejected": self.rejects.by_reason()}
+            self.store.save(self.state, data, self.resolved, self.task.frozen_identity())
 
 
 def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> None:

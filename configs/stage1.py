@@ -43,12 +43,16 @@ def nano() -> ConfigDict:
     config.data.eval = "nano:val_drawing + nano:val_concept"
     # Random crops whose image tokens are computed once; 0 runs the encoder in every step.
     config.data.feature_views = 4
+    config.data.feature_dtype = "float16"  # How they are stored: float32, float16, bfloat16 or float8.
+    config.data.features = ""  # Where cache_features put them; "": the cache, where a run computes what is missing.
     config.data.view_seed = 0
     config.data.min_crop_scale = 0.5
     config.data.flip = False  # Captions say left and right.
     config.data.max_text_tokens = 8
     config.data.lower_case = True
-    config.data.threads = 2
+    config.data.threads = 2  # That make batches ahead.
+    config.data.workers = 0  # Processes with so many threads each; 0: all in the one that trains.
+    config.data.max_rejected = 0.1  # Share of records that cannot be used past which the run ends.
 
     config.model = ConfigDict()
     config.model.layers = 6

@@ -55,6 +55,8 @@ def nano() -> ConfigDict:
     config.data.question_share = 0.15  # Of the rows.
     config.data.eval = "nano:val_drawing + nano:val_concept"
     config.data.feature_views = 4
+    config.data.feature_dtype = "float16"
+    config.data.features = ""
     config.data.view_seed = 0
     config.data.min_crop_scale = 0.5
     config.data.flip = False
@@ -71,7 +73,9 @@ def nano() -> ConfigDict:
     config.data.max_text_tokens = 8
     config.data.max_answer_tokens = 5
     config.data.lower_case = True
-    config.data.threads = 2
+    config.data.threads = 2  # That make batches ahead.
+    config.data.workers = 0  # Processes with so many threads each; 0: all in the one that trains.
+    config.data.max_rejected = 0.1  # Share of records that cannot be used past which the run ends.
 
     config.model = ConfigDict()
     config.model.layers = 6

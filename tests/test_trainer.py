@@ -243,7 +243,7 @@ def matrix_products(text: str) -> set[str]:
 
 
 def test_the_step_forms_no_gradient_of_a_frozen_weight(stage2_run, folder):
-    batch = next(stage2_run.data)
+    batch = next(stage2_run.data).batch
     frozen_shapes = {"20,44", "44,20", "1,20,44", "1,44,20", "2,20,44"}
     text = stage2_run.step.lower(stage2_run.state, stage2_run.frozen, batch).compile().as_text()
     assert matrix_products(text)
@@ -261,7 +261,7 @@ def test_the_step_forms_no_gradient_of_a_frozen_weight(stage2_run, folder):
 def test_losses_on_eight_devices_are_those_on_one(folder, tmp_path, mesh):
     changes = {"mesh": mesh, "data.feature_views": 0, "vision": f"hf:{folder / 'vit'}", "data.eval": ""}
     one = trainer.Run(tiny.recipe("stage1", folder, **changes), tmp_path / "all")
-    batch = next(one.data)
+    batch = next(one.data).batch
     assert one.mesh.size == 8
     state, frozen = jax.device_get((one.state, one.frozen))
     for tree in (one.frozen["vision"], one.state.trainable, one.state.optimizer[1].mu):
@@ -343,7 +343,7 @@ def test_captions_and_questions_share_a_batch(folder, stage1, tmp_path):
     run = trainer.Run(tiny.recipe("stage2", folder, init=str(stage1), **asked), tmp_path / "w")
     tokenizer, found = run.task.tokenizer, []
     for _ in range(4):
-        batch = next(run.data)
+        batch = next(run.data).batch
         row = run.task.objective.texts(batch)
         for ids, mask in zip(np.asarray(row.ids), np.asarray(row.mask), strict=True):
             found.append(tokenizer.decode(ids[mask]))

@@ -2,7 +2,7 @@
 
 WORKDIR/checkpoints/STEP/
   trainable/  optimizer/  run/     arrays
-  data/                            state of the batch iterator
+  data.json                        the sources with their hashes, and how many records could not be used
   frozen.json                      source, SHA-256 and dtype of each frozen part
   config.json                      the resolved configuration
 """
@@ -90,7 +90,12 @@ class Store:
         latest = self._checkpointer.latest
         return None if latest is None else latest.step
 
-    def save(self, state: TrainState, data: Any, config: dict, frozen: dict) -> None:
+    def data_facts(self) -> dict[str, Any]:
+        """What `save` was given about the data; nothing if the checkpoint is older than such facts."""
+        file = self._directory / str(self.newest) / "data.json"
+        return json.loads(file.read_text()) if file.exists() else {}
+
+    def save(self, state: TrainState, data: dict, config: dict, frozen: dict) -> None:
         """Write a checkpoint of this step; it appears whole or not at all."""
         self._checkpointer.save_checkpointables(
             int(state.step),
@@ -98,22 +103,19 @@ class Store:
                 "trainable": state.trainable,
                 "optimizer": state.optimizer,
                 "run": {"step": state.step, "rng": _words(state.rng), "skipped": state.skipped},
-                "data": data,
-                "facts": _Facts(config=config, frozen=frozen),
+                "facts": _Facts(config=config, data=data, frozen=frozen),
             },
             force=True,
         )
 
-    def restore(self, like: TrainState, data: Any) -> TrainState:
-        """The newest checkpoint, with the structure and shardings of `like`; `data` is set to where it stood."""
+    def restore(self, like: TrainState) -> TrainState:
+        """The newest checkpoint, with the structure and shardings of `like`."""
         run = {"step": like.step, "rng": _words(like.rng), "skipped": like.skipped}
         saved = ocp.metadata(self._directory / str(self.newest), checkpointable_name="run").metadata
         # The first checkpoints did not count skipped steps: a non-finite loss ended the run.
         run = {name: array for name, array in run.items() if name in saved}
         arrays = {"trainable": like.trainable, "optimizer": like.optimizer, "run": run}
-        loaded = self._checkpointer.load_checkpointables(
-            self.newest, jax.tree.map(ocp_abstract, arrays) | {"data": data}
-        )
+        loaded = self._checkpointer.load_checkpointables(self.newest, jax.tree.map(ocp_abstract, arrays))
         run = loaded["run"]
         rng = _key(run["rng"], impl=jax.random.key_impl(like.rng))
         return TrainState(run["step"], rng, loaded["trainable"], loaded["optimizer"], run.get("skipped", like.skipped))
@@ -153,6 +155,10 @@ def find_checkpoint(path: str | pathlib.Path) -> pathlib.Path:
 
 # Settings that came later than the first checkpoints, and what these did before there was a choice; by task.
 _LATER_IN_BOTH = {
+    "data/feature_dtype": "float16",
+    "data/features": "",
+    "data/max_rejected": 0.1,
+    "data/workers": 0,
     "model/ln_vision_epsilon": 1e-5,
     "optimizer/steps_per_epoch": 0,
     "optimizer/warmup_rate": 0.0,

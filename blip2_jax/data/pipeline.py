@@ -1,25 +1,29 @@
 """From sources to batches, on Grain: shuffled, mixed, repeated, augmented, tokenized, and resumable to the exact batch.
 
-Every random choice belongs to a position in the stream, not to a moment, so an iterator whose state is restored goes on
-as if it had never stopped.
+Every random choice belongs to a position in the stream, not to a moment: which batch comes next is known from how many
+there were, whatever the number of threads, workers and hosts. A record that cannot be used leaves its position to
+another one of its source, so batches are always full.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import grain
 import jax
 import numpy as np
+from absl import flags
 
 from blip2_jax.data.features import FeatureTable, View
-from blip2_jax.data.records import Record, Source
+from blip2_jax.data.records import BadRecord, Record, Source
 from blip2_jax.data.sources import identify
 
 Batch = dict[str, Any]  # Arrays by field: of numpy on the host, of jax in a step.
 Schema = dict[str, jax.ShapeDtypeStruct]
+
+_ATTEMPTS = 100  # Records in a row of which none can be used, before the source is said to be useless.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,15 +86,16 @@ class _Indices:
 class _Rows:
     """Of a stream of examples, those that belong to some rows of its batches: row r of batch i is number i * B + r."""
 
-    def __init__(self, stream: grain.MapDataset, batch_size: int, rows: Sequence[int]):
+    def __init__(self, stream: grain.MapDataset, batch_size: int, rows: Sequence[int], start: int):
         self._stream, self._batch_size, self._rows = stream, batch_size, [int(row) for row in rows]
+        self._start = start
 
     def __len__(self) -> int:
-        return len(self._stream) // self._batch_size * len(self._rows)
+        return (len(self._stream) // self._batch_size - self._start) * len(self._rows)
 
     def __getitem__(self, index: int) -> Any:
         batch, number = divmod(int(index), len(self._rows))
-        return self._stream[batch * self._batch_size + self._rows[number]]
+        return self._stream[(self._start + batch) * self._batch_size + self._rows[number]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +104,7 @@ class Part:
 
     Attributes:
       pictures: reshuffled every epoch.
-      prepare: from an example and a random generator to what the task collates.
+      prepare: from an example and a random generator to what the task collates; can be pickled.
       share: of the rows.
     """
 
@@ -108,39 +113,118 @@ class Part:
     share: float = 1.0
 
 
+class Delivery(NamedTuple):
+    """What a batch is made of.
+
+    Attributes:
+      batch: arrays by field.
+      rejects: what could not be used on the way: {"source", "key", "reason", "detail"} each.
+    """
+
+    batch: Batch
+    rejects: list[dict[str, str]]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Load:
+    """From a record's number to a prepared example, and what was rejected before there was one."""
+
+    part: Part
+
+    def __call__(self, index: int, rng: np.random.Generator) -> tuple[Any, list[dict[str, str]]]:
+        pictures, rejects = self.part.pictures, []
+        while len(rejects) < _ATTEMPTS:
+            try:
+                return self.part.prepare(pictures.example(index, rng), rng), rejects
+            except BadRecord as bad:
+                rejects.append({"source": pictures.name, "key": bad.where, "reason": bad.reason, "detail": bad.detail})
+                index = int(rng.integers(len(pictures.source)))
+        raise ValueError(f"{pictures.name}: {_ATTEMPTS} records in a row cannot be used, the last one: {rejects[-1]}")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Collate:
+    """A batch of loaded examples."""
+
+    collate: Callable[[Sequence[Any]], Batch]
+
+    def __call__(self, loaded: Sequence[tuple[Any, list[dict[str, str]]]]) -> Delivery:
+        examples, rejects = zip(*loaded, strict=True)
+        return Delivery(self.collate(examples), [reject for several in rejects for reject in several])
+
+
 def training_batches(
     parts: Sequence[Part],
     collate: Callable[[Sequence[Any]], Batch],
     batch_size: int,
     seed: int,
-    threads: int,
+    *,
     rows: Sequence[int] | None = None,
-) -> grain.IterDataset:
+    start: int = 0,
+    threads: int = 2,
+    workers: int = 0,
+) -> Iterator[Delivery]:
     """An endless sequence of batches.
 
     Args:
       parts: what to mix, row by row.
-      collate: a list of prepared examples to a batch.
+      collate: a list of prepared examples to a batch; can be pickled.
       batch_size: B.
       seed: of all random choices.
-      threads: that make batches ahead.
       rows: which rows of each batch to make, so that processes share the work; the batch is the same however many
         there are. None: all.
+      start: the batches that were taken before and are left out.
+      threads: that make batches ahead, in each process.
+      workers: processes that do so; 0: this one.
     """
     rows = range(batch_size) if rows is None else rows
 
     def examples(part: Part, seed: int) -> grain.MapDataset:
-        def load(index: int, rng: np.random.Generator) -> Any:
-            return part.prepare(part.pictures.example(index, rng), rng)
-
         indices = _Indices(len(part.pictures.source))
-        return grain.MapDataset.source(indices).seed(seed).shuffle().repeat().random_map(load)
+        return grain.MapDataset.source(indices).seed(seed).shuffle().repeat().random_map(_Load(part))
 
     datasets = [examples(part, _seed(seed, number)) for number, part in enumerate(parts)]
     mixed = datasets[0] if len(datasets) == 1 else grain.MapDataset.mix(datasets, [part.share for part in parts])
-    own = grain.MapDataset.source(_Rows(mixed, batch_size, rows))
-    batches = own.batch(len(rows), drop_remainder=True, batch_fn=collate)
-    return batches.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads))
+    own = grain.MapDataset.source(_Rows(mixed, batch_size, rows, start))
+    batches = own.batch(len(rows), drop_remainder=True, batch_fn=_Collate(collate))
+    ahead = batches.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads))
+    if workers:
+        if not flags.FLAGS.is_parsed():  # Grain asks flags of its own, also where no command line was read.
+            flags.FLAGS.mark_as_parsed()
+        options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
+        ahead = ahead.mp_prefetch(options, worker_init_fn=_leave_accelerators_alone)
+    return iter(ahead)
+
+
+def _leave_accelerators_alone(_index: int, _count: int) -> None:
+    """The devices belong to the process that trains."""
+    jax.config.update("jax_platforms", "cpu")
+
+
+def order_identity(parts: Sequence[Part]) -> list[dict[str, Any]]:
+    """What the order of records follows from besides the recipe."""
+    facts = lambda name, source, share: {
+        "source": name,
+        "records": len(source),
+        "identity": source.identity,
+        "share": share,
+    }
+    return [facts(part.pictures.name, part.pictures.source, part.share) for part in parts]
+
+
+def check_order(known: Sequence[dict[str, Any]], found: Sequence[dict[str, Any]]) -> None:
+    """Raise ValueError if a run that began with other sources, by `order_identity`, cannot get its exact next batch."""
+    changed = [
+        f"  {now['source']}: {then['records']:,} records then, {now['records']:,} now"
+        for then, now in zip(known, found, strict=True)
+        if then != now
+    ]
+    if changed:
+        raise ValueError(
+            "the run cannot go on with its exact next batch, since the data are not those it began with:\n"
+            + "\n".join(changed)
+            + "\nBring them back, or start in a new --workdir from this one's weights with --config.init."
+        )
 
 
 def _seed(*numbers: int) -> int:

@@ -6,6 +6,8 @@ import os
 from collections.abc import Mapping
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
 
 def expected(environment: Mapping[str, str]) -> bool:
@@ -39,3 +41,10 @@ def join(distributed: bool | None) -> None:
     if jax.config.jax_platforms == "cpu":
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.distributed.initialize(num_processes=number("JAX_NUM_PROCESSES"), process_id=number("JAX_PROCESS_ID"))
+
+
+def add_up(counts: np.ndarray) -> np.ndarray:
+    """int[N], the sum over all processes, which have to call together."""
+    if jax.process_count() == 1:
+        return counts
+    return np.asarray(multihost_utils.process_allgather(counts)).sum(0)

@@ -7,7 +7,7 @@ import functools
 import pathlib
 import re
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import flax.linen as nn
 import jax
@@ -21,10 +21,10 @@ from blip2_jax.checkpoints import frozen, mapping
 from blip2_jax.checkpoints.bert import initialize_qformer, qformer_config
 from blip2_jax.checkpoints.downloads import cache_directory
 from blip2_jax.checkpoints.qformer import INSTRUCTION_TOKENIZER
-from blip2_jax.data.features import View, compute
+from blip2_jax.data.features import FeaturePlan, FeatureTable, View, batch_dtype, compute
 from blip2_jax.data.mixture import parse_mixture
 from blip2_jax.data.pipeline import Batch, Part, Pictures, Schema
-from blip2_jax.data.records import Source
+from blip2_jax.data.records import Record, Source
 from blip2_jax.data.sources import open_source
 from blip2_jax.data.text import CaptionTokenizer, clean_caption
 from blip2_jax.evaluation.batches import in_batches
@@ -35,12 +35,24 @@ from blip2_jax.parallel import sharding
 
 Metrics = dict[str, jax.Array]
 
+_ENCODED_AT_ONCE = 64  # Pictures.
+
 # What no pretrained checkpoint provides, and so may learn at a higher rate.
 FRESH = (
     r"qformer/(query_tokens|image_projection/.*|.*/cross_attention/.*|lm_head/.*)",
     r"(ln_vision|vision_proj|text_proj|itm_head|language_projection)/.*",
     r"temperature",
 )
+
+
+class Batches(Protocol):
+    """How a stage makes batches of examples; it can be pickled."""
+
+    def collate(self, examples: Sequence[Record]) -> Batch:
+        """A batch of what the parts prepare."""
+
+    def schema(self, batch_size: int) -> Schema:
+        """Shapes and dtypes of what `collate` adds to images."""
 
 
 class Task(abc.ABC):
@@ -89,13 +101,10 @@ class Task(abc.ABC):
     def training_parts(self) -> list[Part]:
         """What the rows of training batches are made of."""
 
+    @property
     @abc.abstractmethod
-    def collate(self, examples: Sequence[dict]) -> Batch:
-        """A batch of what the parts prepare."""
-
-    @abc.abstractmethod
-    def schema(self) -> Schema:
-        """Shapes and dtypes of a training batch."""
+    def batches(self) -> Batches:
+        """How examples become batches."""
 
     @abc.abstractmethod
     def fresh(self, key: jax.Array) -> params.Tree:
@@ -174,16 +183,18 @@ class Task(abc.ABC):
             images = jax.device_put(images, meshes.batch_sharding(self.mesh))
         return self._encode(self.vision_parameters, images)
 
-    def image_schema(self) -> Schema:
-        """The fields of a batch that every stage has."""
+    def schema(self) -> Schema:
+        """Shapes and dtypes of a training batch."""
         batch, size = self.config.batch_size, self.config.image_size
         image = {"image": jax.ShapeDtypeStruct((batch, size, size, 3), np.uint8)}
         tokens = (batch, self.encoder.tokens, self.encoder.width)
-        cached = {"image_embeds": jax.ShapeDtypeStruct(tokens, np.float16)}
-        return (cached if self.config.data.feature_views else image) | {
+        data = self.config.data
+        cached = {"image_embeds": jax.ShapeDtypeStruct(tokens, batch_dtype(data.feature_dtype))}
+        images = (cached if data.feature_views else image) | {
             "image_id": jax.ShapeDtypeStruct((batch, 2), np.uint32),
             "example_mask": jax.ShapeDtypeStruct((batch,), np.bool_),
         }
+        return images | self.batches.schema(batch)
 
     def initialize(self, key: jax.Array) -> params.Tree:
         """The trainable tree at the start of the paper's recipe: BERT's weights where it has them.
@@ -217,20 +228,52 @@ class Task(abc.ABC):
         return self._sources[name]
 
     def pictures(self, name: str, training: bool) -> Pictures:
-        """Open a source; where image tokens are computed before, compute them now or find them in the cache."""
-        config, data = self.config, self.config.data
-        source = self.source(name)
-        plain = View(config.image_size)
-        if training:
-            view = View(config.image_size, data.min_crop_scale, data.flip, max(data.feature_views, 1), data.view_seed)
-        else:
-            view = plain
+        """Open a source; where a run takes image tokens that were computed before, they are found or computed now."""
+        data, view = self.config.data, self.view(training)
         if training and not data.feature_views:
-            return Pictures(name, source, view)
-        shape = (self.encoder.tokens, self.encoder.width)
-        identity = self.parts["vision"].sha256
-        table = compute(source, view, self.encode, shape, identity, cache_directory(), f"image features of {name}")
-        return Pictures(name, source, view, table)
+            return Pictures(name, self.source(name), view)
+        if not (training and data.features):
+            self.compute_features(name, training)
+        return Pictures(
+            name, self.source(name), view, FeatureTable(self.feature_plan(name, training), self.features_root(training))
+        )
+
+    def view(self, training: bool) -> View:
+        """How pictures are looked at."""
+        size, data = self.config.image_size, self.config.data
+        if not training:
+            return View(size)
+        return View(size, data.min_crop_scale, data.flip, max(data.feature_views, 1), data.view_seed)
+
+    def feature_plan(self, name: str, training: bool) -> FeaturePlan:
+        """What the image tokens of a source depend on."""
+        return FeaturePlan(
+            self.source(name).identity,
+            len(self.source(name)),
+            self.parts["vision"].sha256,
+            self.view(training),
+            self.config.data.feature_dtype,
+            (self.encoder.tokens, self.encoder.width),
+        )
+
+    def features_root(self, training: bool) -> pathlib.Path:
+        """Where image tokens are: data.features is for training alone."""
+        named = self.config.data.features if training else ""
+        return pathlib.Path(named) if named else cache_directory() / "features"
+
+    def compute_features(self, name: str, training: bool, own: slice = slice(None)) -> None:
+        """Compute a source's image tokens, or some of their files, where they are not there yet."""
+        data, shards = self.config.data, meshes.batch_shards(self.mesh) if self.mesh else 1
+        compute(
+            self.source(name),
+            self.feature_plan(name, training),
+            self.encode,
+            self.features_root(training),
+            f"image features of {name}",
+            batch_size=shards * max(1, _ENCODED_AT_ONCE // shards),
+            threads=data.threads,
+            own=own,
+        )
 
     def mixture(
         self, text: str, prepare: Callable[[dict, np.random.Generator], dict], share: float = 1.0

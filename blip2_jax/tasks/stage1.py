@@ -13,14 +13,14 @@ import numpy as np
 from blip2_jax import compat, params
 from blip2_jax.checkpoints.bert import has_language_head
 from blip2_jax.data.mixture import parse_mixture
-from blip2_jax.data.pipeline import Batch, Part, Pictures, Schema, collate_images, evaluation_batches
-from blip2_jax.data.sources import identify
+from blip2_jax.data.pipeline import Batch, Part, Pictures, evaluation_batches
 from blip2_jax.data.text import clean_caption, log_frequencies
 from blip2_jax.evaluation import retrieval
 from blip2_jax.evaluation.batches import in_batches
 from blip2_jax.models.blip2 import ImageTextModel
 from blip2_jax.parallel.exchange import EXCHANGES
 from blip2_jax.tasks.common import Task
+from blip2_jax.tasks.stage1_batches import Stage1Batches
 from blip2_jax.tasks.stage1_loss import Stage1Loss
 
 # What reads text and nothing else.
@@ -55,24 +55,12 @@ class Stage1(Task):
         self._match_logits = jax.jit(self._match)
 
     def training_parts(self) -> list[Part]:
-        return self.mixture(self.config.data.train, self.prepare)
+        return self.mixture(self.config.data.train, self.batches.prepare_caption)
 
-    def schema(self) -> Schema:
-        text = (self.config.batch_size, self.config.data.max_text_tokens)
-        return self.image_schema() | {
-            "text_id": jax.ShapeDtypeStruct((self.config.batch_size, 2), np.uint32),
-            "text_ids": jax.ShapeDtypeStruct(text, np.int32),
-            "text_mask": jax.ShapeDtypeStruct(text, np.bool_),
-        }
-
-    def prepare(self, example: dict, rng: np.random.Generator | None) -> dict:
-        return example | {"text": clean_caption(example["caption"], self.config.data.lower_case)}
-
-    def collate(self, examples: Sequence[dict]) -> Batch:
-        texts = [example["text"] for example in examples]
-        ids, mask = self.caption_tokenizer(texts, self.config.data.max_text_tokens)
-        text_id = np.stack([identify("text", text) for text in texts])
-        return collate_images(examples) | {"text_ids": ids, "text_mask": mask, "text_id": text_id}
+    @functools.cached_property
+    def batches(self) -> Stage1Batches:
+        data = self.config.data
+        return Stage1Batches(self.caption_tokenizer, data.max_text_tokens, data.lower_case)
 
     def fresh(self, key: jax.Array) -> params.Tree:
         image = jnp.zeros((2, self.encoder.tokens, self.encoder.width))
@@ -189,7 +177,7 @@ class Stage1(Task):
         return metrics, _retrieval_samples(keys, captions, gallery, scores)
 
     def _evaluation_collate(self, examples: Sequence[dict]) -> Batch:
-        return self.collate([self.prepare(example, None) for example in examples])
+        return self.batches.collate([self.batches.prepare_caption(example) for example in examples])
 
 
 def _every(name: str, share: float) -> int:

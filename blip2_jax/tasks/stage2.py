@@ -15,13 +15,14 @@ import numpy as np
 
 from blip2_jax import compat, decoding, params
 from blip2_jax.checkpoints import frozen, language
-from blip2_jax.data.pipeline import Batch, Part, Pictures, Schema, collate_images, evaluation_batches
-from blip2_jax.data.text import LanguageTokenizer, clean_caption, pad
+from blip2_jax.data.pipeline import Batch, Part, Pictures, evaluation_batches
+from blip2_jax.data.text import LanguageTokenizer, clean_caption
 from blip2_jax.evaluation import captioning
 from blip2_jax.models.blip2 import SoftPromptModel
 from blip2_jax.models.language.t5 import T5
 from blip2_jax.monitoring.progress import progress
 from blip2_jax.tasks.common import Metrics, Task
+from blip2_jax.tasks.stage2_batches import Stage2Batches
 from blip2_jax.tasks.stage2_loss import Stage2Loss, Texts
 
 
@@ -57,7 +58,7 @@ class Stage2(Task):
             self.language_model,
             self.encoder.encode,
             tuple(self.tokenizer.begin) if self.config.data.begin else (),
-            0 if self.reads_apart else self._lengths()[2],
+            0 if self.reads_apart else self.batches.lengths[2],
             self.config.pieces,
             self.compat,
         )
@@ -101,105 +102,25 @@ class Stage2(Task):
     def frozen(self) -> params.Tree:
         return super().frozen | {"language": self._language}
 
-    # Data: captions behind a fixed prompt, and answers behind a question.
+    @functools.cached_property
+    def batches(self) -> Stage2Batches:
+        instructions = self.caption_tokenizer if self.config.instruct else None
+        return Stage2Batches(
+            self.tokenizer,
+            self.config.data,
+            self.reads_apart,
+            self.compat.bos_target,
+            instructions,
+            self.blip2.qformer.max_positions,
+        )
 
     def training_parts(self) -> list[Part]:
         data = self.config.data
         asked = data.question_share if data.questions else 0.0
         if not 0 <= asked < 1:
             raise ValueError(f"data.question_share must be at least 0 and below 1, found {asked}")
-        parts = self.mixture(data.train, self.prepare_caption, 1 - asked)
-        return parts + (self.mixture(data.questions, self.prepare_question, asked) if asked else [])
-
-    def prepare_caption(self, example: dict, rng: np.random.Generator | None = None) -> dict:
-        """A caption behind data.prompt; in training with data.split_captions its end behind its beginning.
-
-        They are parted where the paper does: after a number of tokens drawn evenly from 1 to the half of them.
-        """
-        data = self.config.data
-        text = clean_caption(example["caption"], data.lower_case)
-        found = self._prepare(example, data.prompt, text, data.max_text_tokens)
-        tokens = len(found["target_ids"]) - 1  # Without the end.
-        if rng is None or not data.split_captions or tokens < 2:
-            return found
-        ids, place = found["target_ids"], int(rng.integers(1, tokens // 2 + 1))
-        prompt = [*self.tokenizer.encode_prompt(data.prompt), *ids[:place], self.tokenizer.end]
-        return found | {"prompt_ids": prompt, "target_ids": ids[place:]}
-
-    def prepare_question(self, example: dict, rng: np.random.Generator | None = None) -> dict:
-        if "category" not in example:
-            raise ValueError(
-                f"data.questions = {self.config.data.questions!r}: {example['key']} has no category to ask for; "
-                "set data.questions='' to train on captions alone"
-            )
-        return self._prepare(
-            example, self.config.data.question, example["category"], self.config.data.max_answer_tokens
-        )
-
-    def _prepare(self, example: dict, prompt: str, target: str, target_length: int) -> dict:
-        bos = self._predicted_bos(prompt)
-        target_ids = [*bos, *self.tokenizer.encode_target(target, target_length - len(bos))]
-        found = example | {"prompt_ids": self._encode_prompt(prompt), "target_ids": target_ids}
-        return found | {"instruction": prompt} if self.config.instruct else found
-
-    def _predicted_bos(self, prompt: str) -> list[int]:
-        """The token between soft prompt and text where it is itself to be predicted: compat.bos_target."""
-        return [] if prompt or self.reads_apart or not self.compat.bos_target else self.tokenizer.bos
-
-    def _encode_prompt(self, prompt: str) -> list[int]:
-        """What stands between soft prompt and target; an encoder's text has its end token, as T5's texts had."""
-        if self._predicted_bos(prompt):
-            return []
-        return self.tokenizer.encode_prompt(prompt) + ([self.tokenizer.end] if self.reads_apart else [])
-
-    def _prompt_length(self, prompt: str) -> int:
-        """In tokens; that of an empty prompt needs no tokenizer, so that a run can be planned without one."""
-        if prompt:
-            return len(self._encode_prompt(prompt))
-        bos = bool(self.config.data.bos) and (self.reads_apart or not self.compat.bos_target)
-        return bos + self.reads_apart
-
-    def _prompts(self) -> list[str]:
-        """All prompts that batches have."""
-        data = self.config.data
-        return [data.prompt, data.question] if data.questions else [data.prompt]
-
-    def _lengths(self) -> tuple[int, int, int]:
-        """The longest prompt, the longest target, and the longest row of one behind the other, in tokens."""
-        data = self.config.data
-        prompts = [self._prompt_length(prompt) for prompt in self._prompts()]
-        targets = [data.max_text_tokens, data.max_answer_tokens][: len(prompts)]
-        row = max(prompt + target for prompt, target in zip(prompts, targets, strict=True))
-        if data.split_captions:
-            prompts.append(prompts[0] + (data.max_text_tokens - 1) // 2)
-        return max(prompts), max(targets), row
-
-    @functools.cached_property
-    def _instruction_length(self) -> int:
-        """Of the longest instruction, in tokens of the Q-Former."""
-        return int(self.caption_tokenizer(self._prompts(), self.blip2.qformer.max_positions)[1].sum(1).max())
-
-    def schema(self) -> Schema:
-        fields = {}
-        for name, length in zip(("prompt", "target"), self._lengths(), strict=False):
-            shape = (self.config.batch_size, length)
-            fields[f"{name}_ids"] = jax.ShapeDtypeStruct(shape, np.int32)
-            fields[f"{name}_mask"] = jax.ShapeDtypeStruct(shape, np.bool_)
-        if self.config.instruct:
-            shape = (self.config.batch_size, self._instruction_length)
-            fields["instruction_ids"] = jax.ShapeDtypeStruct(shape, np.int32)
-            fields["instruction_mask"] = jax.ShapeDtypeStruct(shape, np.bool_)
-        return self.image_schema() | fields
-
-    def collate(self, examples: Sequence[dict]) -> Batch:
-        batch = collate_images(examples)
-        for name, length in zip(("prompt", "target"), self._lengths(), strict=False):
-            rows = [example[f"{name}_ids"] for example in examples]
-            batch[f"{name}_ids"], batch[f"{name}_mask"] = pad(rows, length, self.tokenizer.padding)
-        if self.config.instruct:
-            tokens = self.caption_tokenizer([example["instruction"] for example in examples], self._instruction_length)
-            batch["instruction_ids"], batch["instruction_mask"] = tokens
-        return batch
+        parts = self.mixture(data.train, self.batches.prepare_caption, 1 - asked)
+        return parts + (self.mixture(data.questions, self.batches.prepare_question, asked) if asked else [])
 
     # Model and loss.
 
@@ -295,7 +216,7 @@ class Stage2(Task):
         return metrics, samples
 
     def _evaluation_collate(self, examples: Sequence[dict]) -> Batch:
-        return self.collate([self.prepare_caption(example) for example in examples])
+        return self.batches.collate([self.batches.prepare_caption(example) for example in examples])
 
     def _write_all(self, soft_prompts: list[np.ndarray], count: int, prompt: str, tokens: int) -> list[str]:
         texts = []

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from blip2_jax import files
-from blip2_jax.data import features, images, pipeline
+from blip2_jax.data import images, pipeline
 from blip2_jax.data.features import View
 from blip2_jax.data.pipeline import Pictures
+from blip2_jax.data.records import BadRecord
 
 
 class Squares:
@@ -31,42 +31,41 @@ class Squares:
         return {"key": f"{self.first + index}", "image": stream.getvalue(), "captions": [f"caption {index}", "other"]}
 
 
+def lucky(example, rng):
+    return example | {"luck": rng.random()}
+
+
 PARTS = [
-    pipeline.Part(Pictures(name, Squares(first), View(4, count=1)), lambda e, rng: e | {"luck": rng.random()}, share)
+    pipeline.Part(Pictures(name, Squares(first), View(4, count=1)), lucky, share)
     for name, first, share in (("a", 0, 0.7), ("b", 100, 0.3))
 ]
 
 
-def batches(seed, threads=0, parts=PARTS, rows=None):
-    def collate(examples):
-        numbers = {name: np.array([float(example[name]) for example in examples]) for name in ("key", "luck")}
-        return pipeline.collate_images(examples) | numbers
+def collate(examples):
+    numbers = {name: np.array([float(example[name]) for example in examples]) for name in ("key", "luck")}
+    return pipeline.collate_images(examples) | numbers
 
-    return iter(pipeline.training_batches(parts, collate, 5, seed, threads, rows))
+
+def batches(seed, threads=0, parts=PARTS, **more):
+    return pipeline.training_batches(parts, collate, 5, seed, threads=threads, **more)
 
 
 def draw(iterator, count):
-    return [next(iterator) for _ in range(count)]
+    return [next(iterator).batch for _ in range(count)]
 
 
-@pytest.mark.parametrize("threads", [0, 2])
-def test_a_restored_iterator_goes_on_with_the_exact_next_batch(threads):
-    whole = draw(batches(1, threads), 12)
-    first, second = batches(1, threads), batches(1, threads)
-    draw(first, 5)
-    second.set_state(first.get_state())
-    chex.assert_trees_all_equal(draw(second, 7), whole[5:])
+@pytest.mark.parametrize(("threads", "workers"), [(0, 0), (2, 0), (1, 2), (1, 3)])
+def test_the_exact_next_batch_however_batches_are_made(threads, workers):
+    whole = draw(batches(1), 12)
+    chex.assert_trees_all_equal(draw(batches(1, threads, start=5, workers=workers), 7), whole[5:])
 
 
 def test_processes_share_the_rows_of_the_same_batches():
     whole = draw(batches(1), 6)
     for rows in ([0, 1], [2, 3, 4], [1, 3]):
         expected = [{name: array[rows] for name, array in batch.items()} for batch in whole]
-        own = batches(1, threads=2, rows=rows)
-        chex.assert_trees_all_equal(draw(own, 2), expected[:2])
-        again = batches(1, rows=rows)
-        again.set_state(own.get_state())
-        chex.assert_trees_all_equal(draw(again, 4), expected[2:])
+        chex.assert_trees_all_equal(draw(batches(1, threads=2, rows=rows), 2), expected[:2])
+        chex.assert_trees_all_equal(draw(batches(1, rows=rows, start=2), 4), expected[2:])
 
 
 def test_a_process_reads_only_its_own_rows():
@@ -153,53 +152,49 @@ def test_crops_stay_inside_and_vary():
     assert {bool(f[0, 0] > f[-1, 0]) for f in flips} == {True, False}
 
 
-# Image tokens computed before.
+class Faulty(Squares):
+    """Every third picture cannot be used."""
+
+    def __getitem__(self, index):
+        if index % 3 == 0:
+            raise BadRecord("truncated", f"{self.first + index}", "it ends early")
+        return super().__getitem__(index)
 
 
-def encode(pictures):
-    return pictures.astype(np.float32).mean((1, 2))[:, None, :] + np.arange(6, dtype=np.float32).reshape(1, 2, 3)
+def test_what_cannot_be_used_leaves_its_place_to_another():
+    parts = [pipeline.Part(Pictures("faulty", Faulty(), View(4, count=1)), lucky)]
+    made = [next(iterator) for iterator in [batches(0, parts=parts)] for _ in range(40)]
+    keys = np.concatenate([delivery.batch["key"] for delivery in made])
+    assert len(keys) == 200
+    assert not (keys % 3 == 0).any()
+    rejects = [reject for delivery in made for reject in delivery.rejects]
+    assert {"source": "faulty", "key": "3", "reason": "truncated", "detail": "it ends early"} in rejects
+    # Four of ten are met in every one of the 20 epochs, and now and then by those that take a place.
+    assert len(rejects) >= 80
+    assert len(rejects) == pytest.approx(80 / 0.6, rel=0.2)
+    # However batches are made, and from wherever.
+    later = batches(0, threads=1, parts=parts, workers=2, start=35)
+    assert [next(later).rejects for _ in range(5)] == [delivery.rejects for delivery in made[35:]]
+    halves = [batches(0, parts=parts, rows=rows) for rows in ([0, 1, 2], [3, 4])]
+    for delivery in made[:10]:
+        assert [reject for half in halves for reject in next(half).rejects] == delivery.rejects
 
 
-def compute(tmp_path, view=None, identity="encoder", encode=encode, shape=(2, 3)):
-    return features.compute(Squares(), view or View(4), encode, shape, identity, tmp_path, "test")
-
-
-def test_features_are_computed_once(tmp_path):
-    table = compute(tmp_path)
-    assert table.array.shape == (1, 10, 2, 3)
-    np.testing.assert_allclose(table[0, 3], [[3, 1, 2], [6, 4, 5]])
-    again = compute(tmp_path, encode=lambda pictures: pytest.fail("computed twice"))
-    np.testing.assert_array_equal(again.array, table.array)
-    other = compute(tmp_path, identity="other encoder", encode=lambda pictures: encode(pictures) + 1)
-    assert (other.array != table.array).any()
-
-
-def test_views_differ_and_are_the_same_every_time(tmp_path):
-    view = View(4, min_scale=0.5, count=3)
-
-    class Noise(Squares):
+def test_a_source_of_which_nothing_can_be_used_is_an_error():
+    class Useless(Squares):
         def __getitem__(self, index):
-            stream = io.BytesIO()
-            pixels = np.random.default_rng(index).integers(0, 255, (16, 16, 3), np.uint8)
-            Image.fromarray(pixels).save(stream, "PNG")
-            return {"key": str(index), "image": stream.getvalue(), "captions": [""]}
+            raise BadRecord("missing", str(index), "no such file")
 
-    first = features.compute(Noise(), view, encode, (2, 3), "e", tmp_path / "one", "test").array
-    second = features.compute(Noise(), view, encode, (2, 3), "e", tmp_path / "two", "test").array
-    np.testing.assert_array_equal(first, second)
-    assert (first[0] != first[1]).any()
+    parts = [pipeline.Part(Pictures("useless", Useless(), View(4, count=1)), lucky)]
+    with pytest.raises(ValueError, match=r"useless: 100 records in a row cannot be used, the last one: .*no such file"):
+        next(batches(0, parts=parts))
 
 
-def test_a_failure_leaves_nothing_half_written(tmp_path):
-    def fail(pictures):
-        raise RuntimeError("no more power")
-
-    with pytest.raises(RuntimeError):
-        compute(tmp_path, encode=fail)
-    assert not list((tmp_path / "features").iterdir())
-
-
-def test_a_full_disk_is_known_before(tmp_path, monkeypatch):
-    monkeypatch.setattr(files.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000})())
-    with pytest.raises(OSError, match=r"no room for the image features.*BLIP2_JAX_CACHE"):
-        compute(tmp_path)
+def test_other_data_than_a_run_began_with():
+    known = pipeline.order_identity(PARTS)
+    pipeline.check_order(known, pipeline.order_identity(PARTS))
+    grown = Squares()
+    grown.identity = "more squares"
+    others = [PARTS[0], pipeline.Part(Pictures("b", grown, View(4, count=1)), lucky, 0.3)]
+    with pytest.raises(ValueError, match="not those it began with:\n  b: 10 records then, 10 now\n"):
+        pipeline.check_order(known, pipeline.order_identity(others))

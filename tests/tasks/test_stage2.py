@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
-from blip2_jax import tasks, trainer
+from blip2_jax import ahead_of_time, tasks, trainer
 from blip2_jax.data.pipeline import check_batch
 from blip2_jax.models.layers import causal_mask
 from blip2_jax.monitoring.metrics import read_metrics
@@ -53,7 +53,7 @@ def test_the_loss_is_that_of_the_targets_behind_image_and_prompt(stage2):
         {"caption": text, "key": str(i), "image_embeds": np.asarray(embeds[i]), "image_id": np.zeros(2, np.uint32)}
         for i, text in enumerate(TEXTS)
     ]
-    batch = task.collate([task.prepare_caption(example) for example in examples])
+    batch = task.batches.collate([task.batches.prepare_caption(example) for example in examples])
     found = task.objective.loss(trainable, task.frozen, batch, jax.random.key(0))
 
     soft_prompt, losses = task.soft_prompt(trainable, embeds), []
@@ -93,17 +93,21 @@ def test_an_encoder_reads_the_beginning_of_a_caption_and_the_decoder_writes_its_
     assert len(whole) == 6
     places = set()
     for seed in range(40):
-        found = task.prepare_caption({"caption": text}, np.random.default_rng(seed))
-        assert found == task.prepare_caption({"caption": text}, np.random.default_rng(seed))
+        found = task.batches.prepare_caption({"caption": text}, np.random.default_rng(seed))
+        assert found == task.batches.prepare_caption({"caption": text}, np.random.default_rng(seed))
         *beginning, last = found["prompt_ids"]
         assert last == end
         assert beginning + found["target_ids"] == whole
-        assert len(beginning) <= task._lengths()[0] - 1
+        assert len(beginning) <= task.batches.lengths[0] - 1
         places.add(len(beginning))
     assert places == {1, 2}  # Of five words and an end.
     # Without a generator, in evaluation, the whole caption behind the prompt; one token cannot be parted.
-    assert task.prepare_caption({"caption": text}) == {"caption": text, "prompt_ids": [end], "target_ids": whole}
-    short = task.prepare_caption({"caption": ""}, np.random.default_rng(0))
+    assert task.batches.prepare_caption({"caption": text}) == {
+        "caption": text,
+        "prompt_ids": [end],
+        "target_ids": whole,
+    }
+    short = task.batches.prepare_caption({"caption": ""}, np.random.default_rng(0))
     assert (short["prompt_ids"], len(short["target_ids"])) == ([end], 2)
 
 
@@ -116,21 +120,21 @@ def test_captions_are_parted_for_an_encoder_alone(folder):
 def test_the_token_before_a_text_without_a_prompt_is_predicted_on_request(folder, predicted):
     bos = {"data.bos": "<|endoftext|>", "compat.bos_target": predicted}
     task = tasks.create(tiny.recipe("stage2", folder, **(BARE | bos)))
-    found = task.prepare_caption({"caption": "a red"})
+    found = task.batches.prepare_caption({"caption": "a red"})
     assert found["prompt_ids"] == ([] if predicted else [0])
     assert found["target_ids"] == [0] * predicted + task.tokenizer.encode_target("a red", 6 - predicted)
-    long = task.prepare_caption({"caption": "a red square of a blue circle of a"})
-    assert len(long["target_ids"]) == task.config.data.max_text_tokens == task._lengths()[1]
-    assert task._lengths()[0] == len(found["prompt_ids"])
+    long = task.batches.prepare_caption({"caption": "a red square of a blue circle of a"})
+    assert len(long["target_ids"]) == task.config.data.max_text_tokens == task.batches.lengths[1]
+    assert task.batches.lengths[0] == len(found["prompt_ids"])
     prompted = tasks.create(tiny.recipe("stage2", folder, **(BARE | bos | {"data.prompt": "a"})))
-    assert prompted.prepare_caption({"caption": "red"})["prompt_ids"] == [0, *task.tokenizer.encode("a")]
+    assert prompted.batches.prepare_caption({"caption": "red"})["prompt_ids"] == [0, *task.tokenizer.encode("a")]
 
 
 @pytest.mark.parametrize(("variant", "lengths"), [("opt_2_7b", (1, 32, 33)), ("flan_t5_xl", (16, 32, 33))])
-def test_the_papers_recipes_know_their_lengths_without_a_tokenizer(variant, lengths):
+def test_lengths_of_the_papers_recipes(variant, lengths):
     config = runpy.run_path(str(pathlib.Path(__file__).parents[2] / "configs" / "stage2.py"))["get_config"](variant)
-    task = tasks.create(config)
-    assert task._lengths() == lengths
+    task = ahead_of_time.create_task(config, None)
+    assert task.batches.lengths == lengths
     assert task.objective.begin == ()
 
 
@@ -147,7 +151,9 @@ def test_an_encoder_decoder_and_instructions_train_and_are_not_decoded_yet(folde
         "shuffled_image_loss_increase",
     }
     task, trainable = tasks.load_trained(tmp_path / "run")
-    batch = task.collate([task.prepare_caption(example | {"caption": "a"}) for example in _examples(task, 16)])
+    batch = task.batches.collate(
+        [task.batches.prepare_caption(example | {"caption": "a"}) for example in _examples(task, 16)]
+    )
     check_batch(batch, task.schema())
     # [CLS] a red [SEP]
     assert batch["instruction_ids"][3].tolist() == [2, 5, 7, 3]

@@ -64,7 +64,7 @@ class Pictures:
 
 
 def collate_images(examples: Sequence[Record]) -> Batch:
-    """The fields that every batch has."""
+    """The fields that every batch has, [B, ...] each, with an `example_mask` bool[B] that is all True."""
     fields = [name for name in ("image", "image_embeds") if name in examples[0]]
     batch = {name: np.stack([example[name] for example in examples]) for name in (*fields, "image_id")}
     return batch | {"example_mask": np.ones(len(examples), bool)}

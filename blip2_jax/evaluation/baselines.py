@@ -52,7 +52,7 @@ def flattened(image_embeds: np.ndarray) -> np.ndarray:
 
 
 def unit(x: np.ndarray) -> np.ndarray:
-    """Rows of length 1."""
+    """float[..., D], its rows scaled to length 1."""
     return x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
 
 

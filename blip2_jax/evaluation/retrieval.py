@@ -14,7 +14,7 @@ Directions = dict[str, dict[str, float]]
 
 
 def ranking(scores: np.ndarray) -> np.ndarray:
-    """Candidates of each row, best first; equal scores keep their order."""
+    """float[N, M] -> int[N, M]: candidates of each row, best first; equal scores keep their order."""
     return np.argsort(-scores, axis=1, kind="stable")
 
 
@@ -47,7 +47,7 @@ def both_directions(scores: np.ndarray, relevant: np.ndarray, text_scores: np.nd
 
 
 def chance(relevant: np.ndarray) -> Directions:
-    """Expected recalls of a random order."""
+    """Expected recalls of a random order, where `relevant` is bool[images, texts]."""
 
     def expected(relevant: np.ndarray) -> dict[str, float]:
         candidates, right = relevant.shape[1], relevant.sum(1)

@@ -25,7 +25,7 @@ class KeyValue(NamedTuple):
 
 
 class RMSNorm(nn.Module):
-    """x over its root mean square, scaled; computed in fp32."""
+    """float[..., D] over its root mean square, scaled; computed in fp32, then of `dtype`."""
 
     epsilon: float
     dtype: jnp.dtype

@@ -14,6 +14,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 
 AXES = ("data", "fsdp", "tensor")
 ROW_AXES = ("data", "fsdp")  # What the rows of a batch are divided over.
+_AUTO = (AxisType.Auto,) * len(AXES)  # Versions of jax differ in what they take without being told.
 
 
 def parse_mesh(text: str, devices: int) -> tuple[int, ...]:
@@ -59,7 +60,7 @@ def make_mesh(text: str, devices: Sequence[jax.Device] | None = None) -> Mesh:
         placed = mesh_utils.create_device_mesh(sizes, **options)
     else:
         placed = mesh_utils.create_hybrid_device_mesh((sizes[0] // slices, *sizes[1:]), (slices, 1, 1), **options)
-    return Mesh(placed, AXES, axis_types=(AxisType.Auto,) * 3)
+    return Mesh(placed, AXES, axis_types=_AUTO)
 
 
 def count_slices(devices: Sequence[jax.Device]) -> int:
@@ -78,7 +79,7 @@ def count_slices(devices: Sequence[jax.Device]) -> int:
 
 def abstract_mesh(text: str, devices: int) -> AbstractMesh:
     """The mesh of as many devices as are not there, to say how things would lie on it."""
-    return AbstractMesh(parse_mesh(text, devices), AXES)
+    return AbstractMesh(parse_mesh(text, devices), AXES, axis_types=_AUTO)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -75,6 +75,7 @@ class Rows:
         return jax.lax.axis_index(self.axes) if self.axes else 0
 
     def sum(self, x: Any) -> Any:
+        """Over devices, of the same place in arrays of any shape; so `max` and `min`."""
         return jax.lax.psum(x, self.axes) if self.axes else x
 
     def max(self, x: jax.Array) -> jax.Array:

@@ -118,7 +118,7 @@ class Task(abc.ABC):
 
     @abc.abstractmethod
     def read_image(self, model: nn.Module, image_embeds: jax.Array) -> jax.Array:
-        """The pass in which the queries of this stage's `model` read an image."""
+        """The pass in which the queries of this stage's `model` read an image: float[B, P, D] -> float[B, Q, ...]."""
 
     @abc.abstractmethod
     def evaluate(self, trainable: params.Tree, pictures: Pictures) -> tuple[dict[str, float], list[dict]]:

@@ -118,7 +118,7 @@ class Decoder(nn.Module):
         return (self.embeddings if self.config.tied_head else self.lm_head).embedding
 
     def initialize(self, token_ids: jax.Array) -> jax.Array:
-        """A pass that touches every parameter."""
+        """A pass that touches every parameter: int[B, T] -> logits float[B, T, V]."""
         length = token_ids.shape[1]
         positions = jnp.broadcast_to(jnp.arange(length), token_ids.shape)
         hidden, _ = self(self.embed(token_ids), positions, jnp.ones((1, 1, length, length), bool))

@@ -79,6 +79,9 @@ def rotate(x: jax.Array, positions: jax.Array, rope: Rope) -> jax.Array:
       x: float[B, T, H, d].
       positions: int[B, T].
       rope: the frequencies.
+
+    Returns:
+      float[B, T, H, d], in the dtype of `x`.
     """
     half = x.shape[-1] // 2
     angles = positions[..., None, None].astype(jnp.float32) * rope.frequencies(half)
@@ -113,8 +116,8 @@ class Llama(Decoder):
 
     config: LlamaConfig
 
-    def layer(self):
+    def layer(self) -> type[nn.Module]:
         return LlamaLayer
 
-    def last_norm(self):
+    def last_norm(self) -> nn.Module:
         return RMSNorm(self.config.norm_epsilon, self.config.dtype)

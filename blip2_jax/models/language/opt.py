@@ -66,10 +66,10 @@ class OPT(Decoder):
         c = self.config
         self.position_embeddings = nn.Embed(c.max_positions + _OFFSET, c.width, dtype=c.dtype)
 
-    def layer(self):
+    def layer(self) -> type[nn.Module]:
         return OPTLayer
 
-    def last_norm(self):
+    def last_norm(self) -> nn.Module:
         return nn.LayerNorm(self.config.norm_epsilon, dtype=self.config.dtype, use_fast_variance=False)
 
     def place(self, x: jax.Array, positions: jax.Array) -> jax.Array:

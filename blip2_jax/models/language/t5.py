@@ -259,7 +259,7 @@ class T5(nn.Module):
         return self.lm_head.embedding
 
     def initialize(self, token_ids: jax.Array) -> jax.Array:
-        """A pass that touches every parameter."""
+        """A pass that touches every parameter: int[B, T] -> logits float[B, T, V]."""
         embeds = self.embed(token_ids)
         hidden, _ = self.decode(self.encode(embeds, jnp.ones(token_ids.shape, bool)), embeds)
         return hidden @ self.head().T

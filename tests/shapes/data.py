@@ -1,0 +1,93 @@
+"""From pictures and texts to batches: blip2_jax/data."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+from PIL import Image
+
+from blip2_jax.data import features, images, pipeline, sources, text
+from blip2_jax.data.features import FeatureTable, View
+from blip2_jax.data.pipeline import Part, Pictures
+from tests.shapes.lengths import B, K, N, P, S, T, V, W
+from tests.shapes.promises import Late, bool_, float16, float32, int32, ran, uint8, uint32
+from tests.shapes.tasks import STAGE1, STAGE2, prepare
+
+PICTURE = Image.new("RGB", (40, 30))
+
+
+def record(index: int) -> dict:
+    stream = io.BytesIO()
+    PICTURE.save(stream, "PNG")
+    return {"key": str(index), "image": stream.getvalue(), "captions": ["a", "b"]}
+
+
+class Source(list):
+    """N pictures."""
+
+    identity = "shapes"
+
+
+SOURCE = Source(map(record, range(N)))
+TABLE = FeatureTable(np.zeros((K, N, P, W), np.float16))
+PIXELS, TOKENS = Pictures("pixels", SOURCE, View(S)), Pictures("tokens", SOURCE, View(S), TABLE)
+CROPS = View(S, min_scale=0.5, flip=True, count=K)
+RNG = Late(lambda _: np.random.default_rng(0))
+EXAMPLE = {"key": str, "caption": str, "image_id": uint32[2]}
+
+
+def batch(rows: int) -> dict:
+    return {"image_embeds": float16[rows, P, W], "image_id": uint32[rows, 2], "example_mask": bool_[rows]}
+
+
+PROMISES = [
+    ran(images.resize, PICTURE, S, gives=uint8[S, S, 3]),
+    ran(images.random_resized_crop, PICTURE, S, RNG, 0.5, True, gives=uint8[S, S, 3]),
+    ran(text.pad, [[1, 2], [3], []], T, 0, gives=(int32[3, T], bool_[3, T])),
+    ran(
+        text.CaptionTokenizer.__call__,
+        *(STAGE1.then(lambda task: task.caption_tokenizer), ["a red square", "a", "a"], T),
+        gives=(int32[3, T], bool_[3, T]),
+    ),
+    ran(text.log_frequencies, int32[B, T], bool_[B, T], V, gives=float32[V]),
+    ran(
+        text.LanguageTokenizer.prompts,
+        *(STAGE2.then(lambda task: task.tokenizer), ["a red square", "a", "a"], T),
+        gives=(int32[3, T], bool_[3, T]),
+    ),
+    ran(View.render, View(S), record(0), 0, 0, gives=uint8[S, S, 3]),
+    ran(View.render, CROPS, record(0), 0, 1, gives=uint8[S, S, 3]),
+    ran(FeatureTable.__getitem__, TABLE, (1, 2), gives=float16[P, W]),
+    ran(
+        features.compute,
+        *(SOURCE, CROPS, lambda images: np.zeros((len(images), P, W)), (P, W), "zeros"),
+        *(Late(lambda folder: folder / "cache"), "features"),
+        then=lambda table: table.array,
+        gives=float16[K, N, P, W],
+    ),
+    ran(Pictures.image, PIXELS, record(0), 0, RNG, gives={"image": uint8[S, S, 3]}),
+    ran(Pictures.image, TOKENS, record(0), 0, RNG, gives={"image_embeds": float16[P, W]}),
+    ran(Pictures.example, PIXELS, 1, gives=EXAMPLE | {"image": uint8[S, S, 3]}),
+    ran(Pictures.example, TOKENS, 1, RNG, gives=EXAMPLE | {"image_embeds": float16[P, W]}),
+    ran(
+        pipeline.collate_images,
+        [{"image_embeds": float16[P, W], "image_id": uint32[2]}] * 3,
+        gives=batch(3),
+    ),
+    ran(
+        pipeline.training_batches,
+        *([Part(TOKENS, prepare)], pipeline.collate_images, 3, 0, 0),
+        then=lambda batches: next(iter(batches)),
+        gives=batch(3),
+    ),
+    # As many examples as there are, and a batch that is filled up.
+    ran(
+        pipeline.evaluation_batches,
+        *(TOKENS, pipeline.collate_images, 7),
+        then=next,
+        gives=([EXAMPLE | {"image_embeds": float16[P, W]}] * N, batch(7)),
+    ),
+    ran(pipeline.check_batch, batch(3), batch(3), gives=None),
+    ran(sources.identify, "text", "a", gives=uint32[2]),
+]

@@ -1,0 +1,64 @@
+"""Metrics: blip2_jax/evaluation; what looks at a whole task is with the tasks."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from blip2_jax.evaluation import baselines, batches, retrieval
+from tests.shapes.lengths import B, P, T, U, W
+from tests.shapes.promises import bool_, float16, float32, int64, ran
+
+RECALLS = dict.fromkeys(("r1", "r5", "r10"), float)
+DIRECTIONS = dict.fromkeys(("text_to_image", "image_to_text"), RECALLS)
+LOGITS = float32[B, 2], float32[B], 0.07
+
+RETRIEVAL = [
+    ran(retrieval.ranking, float32[T, U], gives=int64[T, U]),
+    ran(retrieval.recalls, float32[T, U], bool_[T, U], gives=RECALLS),
+    ran(retrieval.both_directions, float32[T, U], bool_[T, U], float32[U, T], gives=DIRECTIONS),
+    ran(retrieval.chance, bool_[T, U], gives=DIRECTIONS),
+    *[ran(rule, *LOGITS, gives=float32[B]) for rule in (retrieval.posterior, retrieval.tempered, retrieval.lavis)],
+    ran(retrieval.rerank, float32[T, U], lambda row, column: np.float32(row + column), 3, 8, "", gives=float32[T, U]),
+    ran(retrieval.gallery, ["a", "b", "a"], gives=retrieval.Gallery([str] * 2, [int] * 2, bool_[3, 2])),
+    ran(
+        batches.in_batches,
+        lambda x, y: x[:, :, 0] + y[:, None],
+        (float32[B, T, U], float32[B]),
+        7,
+        "",
+        gives=float32[B, T],
+    ),
+]
+
+
+def known(rows: int, caption: str | type, category: str | type) -> baselines.Known:
+    features = {"pooled": float32[rows, W], "by_token": float32[rows, P * W]}
+    return baselines.Known(features, [caption] * rows, float32[rows, T], [category] * rows)
+
+
+TEST, TRAIN = known(3, "a", "b"), known(5, "a", "b")
+ACCURACY, RANDOM = {"question": {"accuracy": float}}, {"retrieval": DIRECTIONS}
+CAPTION = dict.fromkeys(("cider", "exact_match", "token_f1"), float)
+NEIGHBOUR = {"caption": CAPTION} | ACCURACY | RANDOM
+
+BASELINES = [
+    ran(baselines.pooled, float16[B, P, W], gives=float32[B, W]),
+    ran(baselines.flattened, float16[B, P, W], gives=float32[B, P * W]),
+    ran(baselines.unit, float32[B, P, W], gives=float32[B, P, W]),
+    ran(baselines.join, [TEST, TRAIN], gives=known(8, str, str)),
+    ran(baselines.nearest_neighbour, TEST, TRAIN, "pooled", gives=NEIGHBOUR),
+    ran(baselines.majority, ["a", "b"], ["a"], gives=ACCURACY),
+    ran(baselines.chance, ["a", "b", "a"], gives=RANDOM),
+    ran(
+        baselines.measure,
+        *(TEST, TRAIN),
+        gives={
+            "nearest_neighbour_pooled": NEIGHBOUR,
+            "nearest_neighbour_by_token": NEIGHBOUR,
+            "chance": RANDOM,
+            "majority": ACCURACY,
+        },
+    ),
+]
+
+PROMISES = RETRIEVAL + BASELINES

@@ -1,0 +1,120 @@
+"""Language models: blip2_jax/models/language, in bfloat16, and decoding from them."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from blip2_jax import decoding
+from blip2_jax.models import language
+from blip2_jax.models.language import decoder, llama, opt, t5
+from blip2_jax.models.language.decoder import Decoder
+from blip2_jax.models.language.t5 import T5, Encoded, RelativeBias
+from tests.shapes.lengths import B, F, H, K, L, M, N, S, T, U, V, d
+from tests.shapes.models import NUMBERS, keys
+from tests.shapes.promises import KEY, bfloat16, bool_, float32, int32, ran, traced
+
+LOW = {"dtype": jnp.bfloat16}
+LLAMA = llama.LlamaConfig(V, M, L, N, K, d, F, tied_head=False, **LOW)
+OPT = opt.OPTConfig(V, M, L, N, N, d, F, max_positions=S, dropout=0.1, **LOW)
+FLAN = t5.T5Config(V, M, 2, L, H, d, F, buckets=8, max_distance=S, dropout=0.1, **LOW)
+WORDS, PLACES, SEEN = bfloat16[B, T, M], int32[B, T], bool_[B, 1, T, S]
+OFFSET, LOGITS = int32[()], float32[B, T, V]
+
+DECODERS = [
+    traced(
+        language.join,
+        *(int32[B, T], bool_[B, T], int32[B, U], bool_[B, U], S),
+        gives=language.Row(int32[B, S], bool_[B, S], bool_[B, S]),
+    ),
+    traced(Decoder.embed, llama.Llama(LLAMA), int32[B, T], gives=WORDS),
+    traced(Decoder.place, llama.Llama(LLAMA), WORDS, PLACES, gives=WORDS),
+    traced(Decoder.__call__, llama.Llama(LLAMA), WORDS, PLACES, bool_[1, 1, T, T], gives=(WORDS, None)),
+    traced(
+        Decoder.__call__,
+        *(llama.Llama(LLAMA), WORDS, PLACES, SEEN, keys(L, B, S, K, d), OFFSET),
+        gives=(WORDS, keys(L, B, S, K, d)),
+    ),
+    traced(
+        Decoder.__call__,
+        *(opt.OPT(OPT), WORDS, PLACES, SEEN, keys(L, B, S, N, d), OFFSET, NUMBERS),
+        gives=(WORDS, keys(L, B, S, N, d)),
+    ),
+    traced(Decoder.head, llama.Llama(LLAMA), gives=float32[V, M]),
+    traced(Decoder.head, opt.OPT(OPT), gives=float32[V, M]),
+    traced(Decoder.initialize, opt.OPT(OPT), int32[B, T], gives=LOGITS),
+    traced(
+        decoder.update_cache,
+        *(keys(B, S, K, d), *keys(B, T, K, d), OFFSET),
+        gives=(keys(B, S, K, d), keys(B, S, K, d)),
+    ),
+    traced(decoder.update_cache, None, *keys(B, T, K, d), OFFSET, gives=(keys(B, T, K, d), None)),
+    traced(decoder.empty_cache, LLAMA, B, S, gives=keys(L, B, S, K, d)),
+    ran(llama.Rope.frequencies, llama.Rope(), d // 2, gives=float32[d // 2]),
+    traced(llama.rotate, bfloat16[B, T, K, d], PLACES, llama.Rope(), gives=bfloat16[B, T, K, d]),
+    traced(
+        llama.LlamaLayer.__call__,
+        *(llama.LlamaLayer(LLAMA), WORDS, keys(B, S, K, d), PLACES, SEEN, OFFSET, None),
+        gives=(WORDS, keys(B, S, K, d)),
+    ),
+    traced(
+        opt.OPTLayer.__call__,
+        *(opt.OPTLayer(OPT), WORDS, keys(B, S, N, d), PLACES, SEEN, OFFSET, NUMBERS),
+        gives=(WORDS, keys(B, S, N, d)),
+    ),
+    traced(opt.OPT.place, opt.OPT(OPT), WORDS, PLACES, gives=WORDS),
+]
+
+READ = bfloat16[B, S, M]
+ENCODED, BIAS, ITSELF = Encoded(keys(L, B, S, H, d), bool_[B, S]), float32[1, H, S, S], bool_[B, 1, 1, S]
+# A cache of the decoder has other places than the encoder's output.
+GROWN, PAST, PAST_BIAS = keys(B, U, H, d), bool_[1, 1, T, U], float32[1, H, T, U]
+
+ENCODER_DECODERS = [
+    traced(t5.relative_buckets, int32[T, S], True, 8, S, gives=int32[T, S]),
+    traced(RelativeBias.__call__, RelativeBias(FLAN, True), int32[T], int32[S], gives=float32[1, H, T, S]),
+    traced(
+        t5.Attention.__call__,
+        *(t5.Attention(FLAN), WORDS, None, GROWN, OFFSET, PAST, PAST_BIAS, NUMBERS),
+        gives=(WORDS, GROWN),
+    ),
+    traced(t5.FeedForward.__call__, t5.FeedForward(FLAN), WORDS, NUMBERS, gives=WORDS),
+    traced(t5.EncoderLayer.__call__, t5.EncoderLayer(FLAN), READ, None, ITSELF, BIAS, NUMBERS, gives=(READ, None)),
+    traced(
+        t5.DecoderLayer.__call__,
+        *(t5.DecoderLayer(FLAN), WORDS, keys(B, S, H, d), GROWN, OFFSET, PAST, PAST_BIAS, ITSELF, NUMBERS),
+        gives=(WORDS, GROWN),
+    ),
+    traced(t5.EncoderProjection.__call__, t5.EncoderProjection(FLAN), READ, None, gives=(READ, keys(B, S, H, d))),
+    traced(T5.embed, T5(FLAN), int32[B, T], gives=WORDS),
+    traced(T5.encode_hidden, T5(FLAN), READ, bool_[B, S], NUMBERS, gives=READ),
+    traced(T5.encode, T5(FLAN), READ, bool_[B, S], NUMBERS, gives=ENCODED),
+    traced(T5.decode, T5(FLAN), ENCODED, WORDS, None, 0, NUMBERS, gives=(WORDS, None)),
+    traced(
+        T5.decode,
+        *(T5(FLAN), ENCODED, WORDS, keys(L, B, U, H, d), OFFSET, NUMBERS),
+        gives=(WORDS, keys(L, B, U, H, d)),
+    ),
+    traced(T5.head, T5(FLAN), gives=float32[V, M]),
+    traced(T5.initialize, T5(FLAN), int32[B, T], gives=LOGITS),
+    traced(t5.empty_cache, FLAN, B, S, gives=keys(L, B, S, H, d)),
+]
+
+
+def parameters(model) -> dict:
+    """Of a language model, without values."""
+    tokens = jnp.zeros((1, 2), jnp.int32)
+    return jax.eval_shape(lambda key: model.init(key, tokens, method="initialize"), KEY)["params"]
+
+
+DECODING = [
+    traced(
+        decoding.greedy,
+        *(llama.Llama(LLAMA), parameters(llama.Llama(LLAMA)), WORDS, bool_[B, T]),
+        max_new_tokens=U,
+        end_token=2,
+        gives=int32[B, U],
+    )
+]
+
+PROMISES = DECODERS + ENCODER_DECODERS + DECODING

@@ -105,9 +105,7 @@ def test_another_encoder_is_an_error(tmp_path):
         FeatureTable(plan(encoder="other"), tmp_path)
     with pytest.raises(FileNotFoundError, match="holds no image tokens of this source: run cache_features"):
         FeatureTable(plan(), tmp_path / "elsewhere")
-    with pytest.raises(
-        ValueError, match=r"feature_dtype = 'int4': expected one of float32, float16, bfloat16"
-    ):
+    with pytest.raises(ValueError, match=r"feature_dtype = 'int4': expected one of float32, float16, bfloat16"):
         plan(dtype="int4")
 
 

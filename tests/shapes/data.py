@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import io
+import pathlib
+from functools import partial
 
 import numpy as np
 from PIL import Image
 
 from blip2_jax.data import features, images, pipeline, sources, text
-from blip2_jax.data.features import FeatureTable, View
+from blip2_jax.data.features import FeaturePlan, FeatureTable, View
 from blip2_jax.data.pipeline import Part, Pictures
 from tests.shapes.lengths import B, K, N, P, S, T, V, W
-from tests.shapes.promises import Late, bool_, float16, float32, int32, ran, uint8, uint32
+from tests.shapes.promises import Late, bfloat16, bool_, float16, float32, int32, ran, uint8, uint32
 from tests.shapes.tasks import STAGE1, STAGE2, prepare
 
 PICTURE = Image.new("RGB", (40, 30))
@@ -30,9 +33,24 @@ class Source(list):
 
 
 SOURCE = Source(map(record, range(N)))
-TABLE = FeatureTable(np.zeros((K, N, P, W), np.float16))
-PIXELS, TOKENS = Pictures("pixels", SOURCE, View(S)), Pictures("tokens", SOURCE, View(S), TABLE)
 CROPS = View(S, min_scale=0.5, flip=True, count=K)
+PLAN, PLAN_OF_8_BITS = (
+    FeaturePlan(SOURCE.identity, N, "zeros", CROPS, dtype, (P, W)) for dtype in ("float16", "float8")
+)
+
+
+def encode(images: np.ndarray) -> np.ndarray:
+    return np.zeros((len(images), P, W), np.float32)
+
+
+@functools.cache
+def table(folder: pathlib.Path) -> FeatureTable:
+    features.compute(SOURCE, PLAN, encode, folder / "features", "test", batch_size=3)
+    return FeatureTable(PLAN, folder / "features")
+
+
+TABLE = Late(table)
+PIXELS, TOKENS = Pictures("pixels", SOURCE, View(S)), TABLE.then(partial(Pictures, "tokens", SOURCE, View(S)))
 RNG = Late(lambda _: np.random.default_rng(0))
 EXAMPLE = {"key": str, "caption": str, "image_id": uint32[2]}
 
@@ -59,13 +77,10 @@ PROMISES = [
     ran(View.render, View(S), record(0), 0, 0, gives=uint8[S, S, 3]),
     ran(View.render, CROPS, record(0), 0, 1, gives=uint8[S, S, 3]),
     ran(FeatureTable.__getitem__, TABLE, (1, 2), gives=float16[P, W]),
-    ran(
-        features.compute,
-        *(SOURCE, CROPS, lambda images: np.zeros((len(images), P, W)), (P, W), "zeros"),
-        *(Late(lambda folder: folder / "cache"), "features"),
-        then=lambda table: table.array,
-        gives=float16[K, N, P, W],
-    ),
+    ran(FeaturePlan.pack, PLAN, float32[P, W], gives=bytes),
+    ran(FeaturePlan.unpack, PLAN, bytes(2 * P * W), gives=float16[P, W]),
+    ran(FeaturePlan.unpack, PLAN_OF_8_BITS, bytes(4 + P * W), gives=bfloat16[P, W]),
+    ran(features.compute, SOURCE, PLAN, encode, Late(lambda folder: folder / "features"), "test", gives=None),
     ran(Pictures.image, PIXELS, record(0), 0, RNG, gives={"image": uint8[S, S, 3]}),
     ran(Pictures.image, TOKENS, record(0), 0, RNG, gives={"image_embeds": float16[P, W]}),
     ran(Pictures.example, PIXELS, 1, gives=EXAMPLE | {"image": uint8[S, S, 3]}),
@@ -77,8 +92,8 @@ PROMISES = [
     ),
     ran(
         pipeline.training_batches,
-        *([Part(TOKENS, prepare)], pipeline.collate_images, 3, 0, 0),
-        then=lambda batches: next(iter(batches)),
+        *(TOKENS.then(lambda pictures: [Part(pictures, prepare)]), pipeline.collate_images, 3, 0),
+        then=lambda batches: next(batches).batch,
         gives=batch(3),
     ),
     # As many examples as there are, and a batch that is filled up.

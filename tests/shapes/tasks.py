@@ -12,7 +12,9 @@ from blip2_jax.checkpoints import store
 from blip2_jax.evaluation import attention
 from blip2_jax.tasks.common import Task
 from blip2_jax.tasks.stage1 import Stage1
+from blip2_jax.tasks.stage1_batches import Stage1Batches
 from blip2_jax.tasks.stage2 import Stage2
+from blip2_jax.tasks.stage2_batches import Stage2Batches
 from tests import tiny
 from tests.shapes.evaluation import CAPTION, DIRECTIONS
 from tests.shapes.losses import METRICS
@@ -47,6 +49,7 @@ def saved(folder) -> str:
 
 
 STAGE1, STAGE2 = (Late(functools.partial(task, stage=stage)) for stage in ("stage1", "stage2"))
+BATCHES1, BATCHES2 = (stage.then(lambda task: task.batches) for stage in (STAGE1, STAGE2))
 FROM_PIXELS = Late(functools.partial(task, stage="stage1", **{"data.feature_views": 0}))
 FIRST, SECOND = STAGE1.then(initialized), STAGE2.then(initialized)
 SOURCE, CHECKPOINT = Late(lambda folder: f"jsonl:{folder / 'pictures' / 'pictures.jsonl'}"), Late(saved)
@@ -59,9 +62,14 @@ def leaves(*paths: str):
     return lambda tree: {path: params.flatten(tree)[path] for path in paths}
 
 
+def table(pictures) -> tuple[int, np.ndarray]:
+    """The number of views, and the image tokens of one."""
+    return pictures.features.views, pictures.features[0, 1]
+
+
 def tables(parts) -> list:
-    """The image tokens of parts of a mixture."""
-    return [part.pictures.features.array for part in parts]
+    """Those of parts of a mixture."""
+    return [table(part.pictures) for part in parts]
 
 
 def prepare(example: dict, rng: np.random.Generator) -> dict:
@@ -77,6 +85,7 @@ TEXTS = {
     **{"prompt_ids": int32[B, U], "prompt_mask": bool_[B, U]},
     **{"target_ids": int32[B, T], "target_mask": bool_[B, T]},
 }
+ENCODED = {"prompt_ids": [1], "target_ids": [3, 2]}
 POSITIONS = np.zeros((P, W), np.float32)
 VISION = {"positions": float32[P, W], "blocks/up/kernel": float32[2, W, 40]}
 FROZEN = {f"vision/{path}": kind for path, kind in VISION.items()}
@@ -94,31 +103,27 @@ BOTH_STAGES = [
     ran(Task.frozen.fget, STAGE1, gives={}),
     ran(Task.frozen.fget, FROM_PIXELS, then=leaves(*FROZEN), gives=FROZEN),
     ran(Task.encode, STAGE1, uint8[B, S, S, 3], gives=float32[B, P, W]),
-    ran(Task.image_schema, STAGE1, gives=TOKENS),
-    ran(Task.image_schema, FROM_PIXELS, gives=PIXELS),
-    ran(
-        Task.pictures,
-        *(STAGE1, SOURCE, True),
-        then=lambda pictures: pictures.features.array,
-        gives=float16[VIEWS, PICTURES, P, W],
-    ),
+    ran(Task.schema, STAGE1, gives=TOKENS | CAPTIONS),
+    ran(Task.schema, FROM_PIXELS, gives=PIXELS | CAPTIONS),
+    ran(Task.schema, STAGE2, gives=TOKENS | TEXTS),
+    ran(Task.pictures, STAGE1, SOURCE, True, then=table, gives=(int, float16[P, W])),
     ran(
         Task.evaluation_pictures,
         STAGE1,
-        then=lambda found: [pictures.features.array for pictures in found.values()],
-        gives=[float16[1, PICTURES, P, W]],
+        then=lambda found: [table(pictures) for pictures in found.values()],
+        gives=[(int, float16[P, W])],
     ),
-    ran(Task.mixture, STAGE1, SOURCE, prepare, then=tables, gives=[float16[VIEWS, PICTURES, P, W]]),
-    ran(Stage1.training_parts, STAGE1, then=tables, gives=[float16[VIEWS, PICTURES, P, W]]),
-    ran(Stage2.training_parts, STAGE2, then=tables, gives=[float16[VIEWS, PICTURES, P, W]]),
+    ran(Task.mixture, STAGE1, SOURCE, prepare, then=tables, gives=[(int, float16[P, W])]),
+    ran(Stage1.training_parts, STAGE1, then=tables, gives=[(int, float16[P, W])]),
+    ran(Stage2.training_parts, STAGE2, then=tables, gives=[(int, float16[P, W])]),
     ran(Task.sentence_embeddings, STAGE1, ["a red square"] * B, gives=float32[B, W]),
     ran(Task.initialize, STAGE2, RNG, then=leaves(*MODEL2), gives=MODEL2),
 ]
 
 FIRST_STAGE = [
-    ran(Stage1.schema, STAGE1, gives=TOKENS | CAPTIONS),
-    ran(Stage1.prepare, STAGE1, EXAMPLE, None, gives=PREPARED | {"text": str}),
-    ran(Stage1.collate, STAGE1, [EXAMPLE | {"text": "a red square"}] * B, gives=TOKENS | CAPTIONS),
+    ran(Stage1Batches.schema, BATCHES1, B, gives=CAPTIONS),
+    ran(Stage1Batches.prepare_caption, BATCHES1, EXAMPLE, None, gives=PREPARED | {"text": str}),
+    ran(Stage1Batches.collate, BATCHES1, [EXAMPLE | {"text": "a red square"}] * B, gives=TOKENS | CAPTIONS),
     traced(Stage1.fresh, STAGE1, KEY, then=leaves(*MODEL1), on=HERE, gives=MODEL1),
     ran(Stage1.initialize, STAGE1, RNG, then=leaves(*MODEL1), gives=MODEL1),
     traced(
@@ -137,10 +142,12 @@ FIRST_STAGE = [
 ]
 
 SECOND_STAGE = [
-    ran(Stage2.schema, STAGE2, gives=TOKENS | TEXTS),
-    ran(Stage2.prepare_caption, STAGE2, EXAMPLE, then=leaves(*IMAGE), gives=IMAGE),
-    ran(Stage2.prepare_question, STAGE2, EXAMPLE | {"category": "a"}, then=leaves(*IMAGE), gives=IMAGE),
-    ran(Stage2.collate, STAGE2, [EXAMPLE | {"prompt_ids": [1], "target_ids": [3, 2]}] * B, gives=TOKENS | TEXTS),
+    ran(Stage2Batches.schema, BATCHES2, B, gives=TEXTS),
+    ran(Stage2Batches.prepare_caption, BATCHES2, EXAMPLE, then=leaves(*IMAGE), gives=IMAGE),
+    ran(Stage2Batches.prepare_question, BATCHES2, EXAMPLE | {"category": "a"}, then=leaves(*IMAGE), gives=IMAGE),
+    ran(
+        Stage2Batches.collate, BATCHES2, [EXAMPLE | {"prompt_ids": [1], "target_ids": [3, 2]}] * B, gives=TOKENS | TEXTS
+    ),
     traced(Stage2.fresh, STAGE2, KEY, then=leaves(*MODEL2), on=HERE, gives=MODEL2),
     ran(Stage2.frozen_shapes, STAGE2, then=leaves(*LANGUAGE), gives=LANGUAGE),
     ran(Stage2.frozen.fget, STAGE2, then=leaves(*LANGUAGE), gives=LANGUAGE),

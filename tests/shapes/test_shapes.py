@@ -22,7 +22,8 @@ PROMISES = [promise for table in TABLES for promise in table.PROMISES]
 
 # All but what reads and writes files, watches a run or is a command.
 ROOMS = (
-    r"(objectives|models|tasks|data|evaluation)/.*",
+    r"(objectives|models|tasks|evaluation)/.*",
+    r"data/(features|images|pipeline|text)",  # The others hold encoded pictures.
     r"parallel/(rows|exchange|mesh|sharding)",
     r"decoding|optimizer|params|step",
 )
@@ -38,12 +39,16 @@ PLAIN = {
 NOT_ARRAYS = {
     # Of a tree it looks at the paths alone.
     *("optimizer.decay_table", "tasks.common.Task.rate_table", "tasks.stage1.Stage1.rate_table"),
-    # Pictures are encoded bytes.
-    *("data.sources.Source.__getitem__", "data.sources.ArrayRecords.__getitem__"),
-    *("data.sources.ImageFiles.__getitem__", "data.sources.open_source", "tasks.common.Task.source"),
+    # Pictures are encoded bytes, or only spoken of.
+    *("tasks.common.Task.source", "tasks.common.Task.view", "tasks.common.Task.feature_plan"),
+    *("tasks.common.Task.compute_features", "data.features.FeaturePlan.facts"),
+    *("data.pipeline.order_identity", "data.pipeline.check_order"),
+    # A protocol.
+    *("tasks.common.Batches.collate", "tasks.common.Batches.schema"),
     # It builds what has functions of arrays.
     *("models.vision.build", "models.vision.is_ours", "parallel.rows.rows_of"),
     *("tasks.create", "tasks.stage1.Stage1.objective", "tasks.stage2.Stage2.objective"),
+    *("tasks.stage1.Stage1.batches", "tasks.stage2.Stage2.batches", "data.features.batch_dtype"),
     *("tasks.common.Task.caption_tokenizer", "tasks.stage2.Stage2.tokenizer"),
 }
 

@@ -53,9 +53,9 @@ def steps(folder: pathlib.Path) -> dict:
         return state
 
     state = advance(advance(state, 0), 1, np.nan)
-    store, data = Store(folder / "checkpoints"), test_step.Position()
-    store.save(state, data, {}, {})
-    state = store.restore(test_step.start(MESH)[1], data)
+    store = Store(folder / "checkpoints")
+    store.save(state, {}, {}, {})
+    state = store.restore(test_step.start(MESH)[1])
     store.close()
     assert all(jax.tree.leaves(jax.tree.map(lambda leaf, place: leaf.sharding == place, state, places)))
     state = advance(state, 2)

@@ -1,147 +1,66 @@
-"""Where records come from. A source is named by one string and read by index.
+"""Where records come from. A source is named by one string, KIND:WHAT?OPTION=VALUE&OPTION=VALUE, and read by index.
 
-nano:SPLIT          the pictures that ship with the package (assets/pictures)
-arrayrecord:GLOB    our own ArrayRecord files, as `assets/build/pictures.py` writes them
-folder:DIR          pictures, each beside a text file of the same name that holds its caption
-jsonl:FILE          one JSON object a line: {"image": PATH, "caption": TEXT}, paths relative to the file; other
-                    fields, such as "category", stay with the record
+nano:SPLIT                       the pictures that ship with the package
+arrayrecord:GLOB                 what `python -m blip2_jax.data prepare` writes
+folder:DIR                       images with a text file beside each, or with a metadata.jsonl
+jsonl:FILE                       lines {"image": PATH, "caption": TEXT}
+webdataset:GLOB                  tar shards, as of img2dataset, also remote: webdataset:gs://bucket/{00000..00331}.tar
+hf:DIR                           parquet files with images in them
+tfds:NAME                        what TFDS has prepared: tfds:coco_captions/2014?split=train
+coco:ANNOTATIONS.json+IMAGES     COCO, NoCaps, and Karpathy's splits: coco:dataset_coco.json+images?split=train,restval
+vqa:QUESTIONS.json+ANNOTATIONS.json+IMAGES      VQAv2, OK-VQA
+gqa:QUESTIONS.json+IMAGES
+vg:ANNOTATIONS.json+IMAGES       Visual Genome's region_descriptions.json or question_answers.json
+
+What is wrong with a source as a whole is an error when it is opened; what is wrong with one record is a BadRecord when
+that is read. Options are the keyword arguments of the functions below. Parsed indices are kept in the cache.
 """
 
 from __future__ import annotations
 
-import glob
 import hashlib
-import json
-import pathlib
-from collections.abc import Callable, Sequence
+import importlib
+import inspect
 
-import msgpack
 import numpy as np
-from array_record.python.array_record_data_source import ArrayRecordDataSource
 
-from blip2_jax.data.images import check_image
-from blip2_jax.data.records import Record, Source
+from blip2_jax.data.records import Source
+from blip2_jax.data.sources import names
 
-PICTURES = pathlib.Path(__file__).parents[2] / "assets" / "pictures"
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
-
-
-def _hash(parts: Sequence[str]) -> str:
-    return hashlib.sha256("\0".join(parts).encode()).hexdigest()
-
-
-class ArrayRecords:
-    """Records in msgpack, in one or many ArrayRecord files."""
-
-    def __init__(self, pattern: str):
-        files = sorted(glob.glob(pattern))
-        if not files:
-            raise FileNotFoundError(f"no file matches {pattern!r}; expected ArrayRecord files")
-        self._reader = ArrayRecordDataSource(files)
-        sizes = [f"{pathlib.Path(file).name}:{pathlib.Path(file).stat().st_size}" for file in files]
-        self.identity = _hash(sizes)
-
-    def __len__(self) -> int:
-        return len(self._reader)
-
-    def __getitem__(self, index: int) -> Record:
-        return msgpack.unpackb(self._reader[index])
-
-
-class ImageFiles:
-    """Pictures on disk with one caption each; every picture is looked at once, when the source is opened."""
-
-    def __init__(self, items: list[tuple[pathlib.Path, Record]], where: str):
-        if not items:
-            raise ValueError(f"{where} holds no picture with a caption")
-        for file, _ in items:
-            check_image(file)
-        self._items = items
-        self.identity = _hash([f"{file}:{file.stat().st_size}:{file.stat().st_mtime_ns}" for file, _ in items])
-
-    def __len__(self) -> int:
-        return len(self._items)
-
-    def __getitem__(self, index: int) -> Record:
-        file, rest = self._items[index]
-        return {**rest, "key": str(file), "image": file.read_bytes()}
-
-
-def _folder(directory: str) -> ImageFiles:
-    root = pathlib.Path(directory)
-    if not root.is_dir():
-        raise FileNotFoundError(f"folder:{directory}: no such directory")
-    images = sorted(file for file in root.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
-    items, missing = [], []
-    for image in images:
-        text = image.with_suffix(".txt")
-        if text.exists():
-            items.append((image, {"captions": [_read_text(text)]}))
-        else:
-            missing.append(image)
-    if missing:
-        raise FileNotFoundError(
-            f"folder:{directory}: {len(missing)} of {len(images)} pictures have no caption, the first {missing[0]}; "
-            f"expected its caption in {missing[0].with_suffix('.txt').name}"
-        )
-    return ImageFiles(items, f"folder:{directory}")
-
-
-def _read_text(file: pathlib.Path) -> str:
-    try:
-        text = file.read_text(encoding="utf-8").strip()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file}: the caption is not UTF-8 ({error})") from error
-    if not text:
-        raise ValueError(f"{file}: the caption is empty")
-    return text
-
-
-def _jsonl(name: str) -> ImageFiles:
-    file = pathlib.Path(name)
-    if not file.is_file():
-        raise FileNotFoundError(f"jsonl:{name}: no such file")
-    items = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
-        if not line.strip():
-            continue
-        where = f"{file}, line {number}"
-        try:
-            item = json.loads(line)
-            image, caption = item.pop("image"), item.pop("caption")
-        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f'{where}: expected {{"image": PATH, "caption": TEXT}}, found {line[:80]!r}') from error
-        if not isinstance(caption, str) or not caption.strip():
-            raise ValueError(f"{where}: the caption is empty or not a text")
-        path = file.parent / image
-        if not path.is_file():
-            raise FileNotFoundError(f"{where}: the image {path} does not exist")
-        items.append((path, item | {"captions": [caption.strip()]}))
-    return ImageFiles(items, f"jsonl:{name}")
-
-
-def _nano(split: str) -> ArrayRecords:
-    file = PICTURES / f"{split}.arrayrecord"
-    if not file.exists():
-        known = sorted(path.stem for path in PICTURES.glob("*.arrayrecord"))
-        raise FileNotFoundError(f"nano:{split}: no such split; there are {', '.join(known)}")
-    return ArrayRecords(str(file))
-
-
-_KINDS: dict[str, Callable[[str], Source]] = {
-    "nano": _nano,
-    "arrayrecord": ArrayRecords,
-    "folder": _folder,
-    "jsonl": _jsonl,
+# Module and function, imported when they are first needed: most runs need one.
+_KINDS = {
+    "nano": ("arrayrecord", "open_nano"),
+    "arrayrecord": ("arrayrecord", "open_arrayrecord"),
+    "folder": ("folder", "open_folder"),
+    "jsonl": ("jsonl", "open_jsonl"),
+    "webdataset": ("webdataset", "open_webdataset"),
+    "hf": ("parquet", "open_parquet"),
+    "tfds": ("tfds", "open_tfds"),
+    "coco": ("coco", "open_coco"),
+    "vqa": ("vqa", "open_vqa"),
+    "gqa": ("vqa", "open_gqa"),
+    "vg": ("visual_genome", "open_visual_genome"),
 }
 
 
 def open_source(name: str) -> Source:
-    """Open the source that a string such as "folder:my_pictures" names."""
-    kind, separator, rest = name.partition(":")
-    if not separator or kind not in _KINDS:
-        raise ValueError(f"data source {name!r}: expected KIND:WHAT with KIND one of {', '.join(_KINDS)}")
-    return _KINDS[kind](rest)
+    """Open the source that a string such as "folder:my_pictures" names.
+
+    Raises:
+      ValueError: the name has no such form, kind or option, or the files are not what they should be.
+      OSError: files are not there, or there is no room in the cache.
+    """
+    kind, what, options = names.parse(name)
+    if kind not in _KINDS:
+        raise ValueError(f"data source {name!r}: there is no kind {kind!r}; there are {', '.join(_KINDS)}")
+    module, function = _KINDS[kind]
+    opener = getattr(importlib.import_module(f"{__name__}.{module}"), function)
+    parameters = inspect.signature(opener).parameters.values()
+    known = [parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY]
+    if unknown := [option for option in options if option not in known]:
+        there_are = f"there are {', '.join(known)}" if known else "there is none"
+        raise ValueError(f"data source {name!r}: {kind} has no option {unknown[0]!r}; {there_are}")
+    return opener(what, **options)
 
 
 def identify(*parts: str) -> np.ndarray:

@@ -8,6 +8,7 @@ python -m blip2_jax.main --config=configs/stage1.py:eva_g --workdir=DIR --config
 from ml_collections import ConfigDict
 
 from blip2_jax import compat
+from blip2_jax.data import corpora
 
 
 def get_config(variant: str = "nano") -> ConfigDict:
@@ -138,7 +139,7 @@ def eva_g() -> ConfigDict:
     config.vision = "lavis:eva_vit_g.pth"
     config.bert = "hf:google-bert/bert-base-uncased"
     config.image_size = 224
-    config.data.train = ""  # Yours.
+    config.data.train = corpora.mixture()  # All of the paper's corpora, with weights of ours.
     config.data.eval = ""
     config.data.feature_views = 0
     config.data.flip = True

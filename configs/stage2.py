@@ -6,6 +6,7 @@ python -m blip2_jax.main --config=configs/stage2.py --workdir=DIR --config.init=
 from ml_collections import ConfigDict
 
 from blip2_jax import compat
+from blip2_jax.data import corpora
 
 
 def get_config(variant: str = "nano") -> ConfigDict:
@@ -141,7 +142,7 @@ def opt_2_7b() -> ConfigDict:
     config.llm = "hf:facebook/opt-2.7b"
     config.llm_remat = True
     config.image_size = 224
-    config.data.train = ""  # Yours.
+    config.data.train = corpora.mixture()  # All of the paper's corpora, with weights of ours.
     config.data.questions = ""
     config.data.question_share = 0.0
     config.data.eval = ""

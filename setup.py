@@ -10,6 +10,8 @@ ROOT = pathlib.Path(__file__).parent
 REQUIREMENTS = [
     "absl-py>=2.3",
     "array_record>=0.8.1; sys_platform != 'win32'",
+    # Its wheels leave out Linux on ARM, where Pillow takes its place.
+    "cykooz-resizer>=4.0.1; sys_platform != 'linux' or platform_machine == 'x86_64'",
     "flax>=0.12.4",
     "fsspec>=2026.9",
     "gguf>=0.17.1",
@@ -22,9 +24,10 @@ REQUIREMENTS = [
     "numpy>=2.0",
     "optax>=0.2.6",
     "orbax-checkpoint>=0.12.2",
-    "Pillow>=11.0",
+    "Pillow>=11.3",
     "pyarrow>=25.0",
     "safetensors>=0.6.1",
+    "simplejpeg>=1.9.0",
     "tensorboardX>=2.6.4",
     "tensorflow-datasets>=4.9.10",
     "tokenizers>=0.22.0",

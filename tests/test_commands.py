@@ -41,7 +41,7 @@ def test_errors_name_the_file(stage1, stage2, folder, pictures, tmp_path, capsys
     text = tmp_path / "text.jpg"
     text.write_text("not a picture")
     for arguments, message in (
-        (["--checkpoint", str(stage2), "--image", str(text)], r"text\.jpg is not a picture"),
+        (["--checkpoint", str(stage2), "--image", str(text)], r"text\.jpg: not a picture"),
         (["--checkpoint", str(stage2), "--image", str(tmp_path / "no.png")], r"No such file.*no\.png"),
         (["--checkpoint", str(stage1), "--image", str(pictures[0])], "only stage 2 has a language model"),
         (["--checkpoint", str(tmp_path), "--image", str(pictures[0])], "holds no checkpoint"),

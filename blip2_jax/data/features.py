@@ -62,11 +62,11 @@ class View(NamedTuple):
 
     def render(self, record: dict, index: int, number: int) -> np.ndarray:
         """View `number` of the record with this index: uint8[S, S, 3]."""
-        image = images.decode(record["image"], record["key"])
         if self.count == 0:
-            return images.resize(image, self.image_size)
+            return images.resize(images.decode(record["image"], record["key"]), self.image_size)
+        picture = images.Picture(record["image"], record["key"])
         rng = np.random.default_rng([self.seed, number, index])
-        return images.random_resized_crop(image, self.image_size, rng, self.min_scale, self.flip)
+        return images.random_resized_crop(picture, self.image_size, rng, self.min_scale, self.flip)
 
 
 @dataclasses.dataclass(frozen=True)

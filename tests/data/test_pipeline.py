@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from blip2_jax.data import images, pipeline
+from blip2_jax.data import pipeline
 from blip2_jax.data.features import View
 from blip2_jax.data.pipeline import Pictures
 from blip2_jax.data.records import BadRecord
@@ -115,41 +115,6 @@ def test_a_batch_off_the_schema_is_an_error():
         match=r"extra: not in the schema; image: expected uint8\[2, 3\], found float32\[2, 3\]; mask: missing",
     ):
         pipeline.check_batch({"image": np.zeros((2, 3), np.float32), "extra": np.zeros(1)}, schema)
-
-
-# Pictures.
-
-
-def test_transparency_becomes_white_and_all_modes_become_rgb():
-    for mode, colour in (
-        ("RGBA", (255, 0, 0, 0)),
-        ("LA", (0, 0)),
-        ("P", 0),
-        ("L", 255),
-        ("CMYK", (0, 0, 0, 0)),
-        ("1", 1),
-    ):
-        stream = io.BytesIO()
-        image = Image.new(mode, (3, 3), colour)
-        options = {"transparency": 0} if mode == "P" else {}
-        image.save(stream, "TIFF" if mode == "CMYK" else "PNG", **options)
-        assert np.asarray(images.decode(stream.getvalue())).tolist() == np.full((3, 3, 3), 255).tolist(), mode
-
-
-def test_what_is_not_a_picture_is_an_error():
-    with pytest.raises(ValueError, match=r"holiday\.jpg is not a picture"):
-        images.decode(b"hello", "holiday.jpg")
-
-
-def test_crops_stay_inside_and_vary():
-    gradient = np.tile(np.arange(100, dtype=np.uint8)[None, :, None], (60, 1, 3))
-    image = Image.fromarray(gradient)
-    crops = [images.random_resized_crop(image, 16, np.random.default_rng(i), 0.5, False) for i in range(30)]
-    spans = [int(crop[0, -1, 0]) - int(crop[0, 0, 0]) for crop in crops]
-    assert all(crop.shape == (16, 16, 3) for crop in crops)
-    assert min(spans) < 60 < max(spans)
-    flips = [images.random_resized_crop(image, 16, np.random.default_rng(i), 1.0, True)[0] for i in range(30)]
-    assert {bool(f[0, 0] > f[-1, 0]) for f in flips} == {True, False}
 
 
 class Faulty(Squares):

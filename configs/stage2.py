@@ -6,7 +6,7 @@ python -m blip2_jax.main --config=configs/stage2.py --workdir=DIR --config.init=
 from ml_collections import ConfigDict
 
 from blip2_jax import compat
-from blip2_jax.data import corpora
+from blip2_jax.data import corpora, filters
 
 
 def get_config(variant: str = "nano") -> ConfigDict:
@@ -77,6 +77,7 @@ def nano() -> ConfigDict:
     config.data.threads = 2  # That make batches ahead.
     config.data.workers = 0  # Processes with so many threads each; 0: all in the one that trains.
     config.data.max_rejected = 0.1  # Share of records that cannot be used past which the run ends.
+    config.data.filters = filters.block()  # Which records can be used; see blip2_jax/data/filters.py.
 
     config.model = ConfigDict()
     config.model.layers = 6

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import orbax.checkpoint.experimental.v1 as ocp
 
 from blip2_jax import compat, params
+from blip2_jax.data import filters
 
 
 @dataclasses.dataclass
@@ -158,6 +159,7 @@ _LATER_IN_BOTH = {
     "data/feature_dtype": "float16",
     "data/features": "",
     "data/max_rejected": 0.1,
+    **params.flatten({"data": {"filters": filters.block().to_dict()}}),
     "data/workers": 0,
     "model/ln_vision_epsilon": 1e-5,
     "optimizer/steps_per_epoch": 0,

@@ -52,6 +52,7 @@ class View(NamedTuple):
       flip: mirror at random.
       count: K, random views of each picture; 0 is the one plain view that evaluation uses.
       seed: of the crops.
+      limits: which pictures are used.
     """
 
     image_size: int
@@ -59,12 +60,13 @@ class View(NamedTuple):
     flip: bool = False
     count: int = 0
     seed: int = 0
+    limits: images.Limits = images.LENIENT
 
     def render(self, record: dict, index: int, number: int) -> np.ndarray:
         """View `number` of the record with this index: uint8[S, S, 3]."""
         if self.count == 0:
-            return images.resize(images.decode(record["image"], record["key"]), self.image_size)
-        picture = images.Picture(record["image"], record["key"])
+            return images.resize(images.decode(record["image"], record["key"], self.limits), self.image_size)
+        picture = images.Picture(record["image"], record["key"], self.limits)
         rng = np.random.default_rng([self.seed, number, index])
         return images.random_resized_crop(picture, self.image_size, rng, self.min_scale, self.flip)
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
+import math
 import unicodedata
 from collections.abc import Mapping
 from typing import Any
 
+import ml_collections
 from PIL import Image
 
 from blip2_jax.data.images import Limits
@@ -102,6 +104,9 @@ class Filters:
         return None
 
 
+EVERYTHING = Filters(min_side=1, max_aspect=math.inf, max_words=2**31)
+
+
 @functools.cache
 def script(character: str) -> str:
     """The script of a letter, one of SCRIPTS or a rarer one; "" for what is no letter or belongs to several."""
@@ -123,6 +128,12 @@ def count_words(text: str) -> int:
         spaceless = sum(name in _SPACELESS for name in scripts)
         count += spaceless + (len(scripts) > spaceless)
     return count
+
+
+def block() -> ml_collections.ConfigDict:
+    """The block of a recipe: the defaults."""
+    values = dataclasses.asdict(Filters())
+    return ml_collections.ConfigDict(values | {"scripts": ""})
 
 
 def filters(block: Mapping[str, Any]) -> Filters:

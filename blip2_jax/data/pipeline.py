@@ -8,6 +8,8 @@ another one of its source, so batches are always full.
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -17,6 +19,7 @@ import numpy as np
 from absl import flags
 
 from blip2_jax.data.features import FeatureTable, View
+from blip2_jax.data.filters import EVERYTHING, Filters
 from blip2_jax.data.records import BadRecord, Record, Source
 from blip2_jax.data.sources import identify
 
@@ -35,12 +38,14 @@ class Pictures:
       source: its records.
       view: how pixels are rendered.
       features: the table of image tokens, or None.
+      filters: which captions are used; those of pictures are the view's.
     """
 
     name: str
     source: Source
     view: View
     features: FeatureTable | None = None
+    filters: Filters = EVERYTHING
 
     def image(self, record: Record, index: int, rng: np.random.Generator | None) -> Batch:
         """The field `image` uint8[S, S, 3], or `image_embeds` float16[P, D]; without `rng`, of view 0."""
@@ -53,7 +58,7 @@ class Pictures:
     def example(self, index: int, rng: np.random.Generator | None = None) -> Record:
         """A record with its picture and the identities that batches carry; a caption is chosen if there are several."""
         record = self.source[index]
-        captions = record["captions"]
+        captions = self.filters.captions(record)
         caption = captions[0] if rng is None else captions[int(rng.integers(len(captions)))]
         return {
             **{name: value for name, value in record.items() if name not in ("image", "captions")},
@@ -234,12 +239,21 @@ def _seed(*numbers: int) -> int:
 def evaluation_batches(
     pictures: Pictures, collate: Callable[[Sequence[Record]], Batch], batch_size: int
 ) -> Iterator[tuple[list[Record], Batch]]:
-    """Every example once, in order, with plain views: lists of examples and full batches.
+    """Every example that can be used once, in order, with plain views: lists of examples and full batches.
 
-    The last batch is filled up with copies of its first row, for which `example_mask` is False.
+    The last batch is filled up with copies of its first row, for which `example_mask` is False. What cannot be used is
+    named on stderr and left out.
     """
-    for start in range(0, len(pictures.source), batch_size):
-        examples = [pictures.example(index) for index in range(start, min(start + batch_size, len(pictures.source)))]
+
+    def usable() -> Iterator[Record]:
+        for index in range(len(pictures.source)):
+            try:
+                yield pictures.example(index)
+            except BadRecord as bad:
+                print(f"left out of {pictures.name}: {bad}", file=sys.stderr)
+
+    rest = usable()
+    while examples := list(itertools.islice(rest, batch_size)):
         filler = [examples[0]] * (batch_size - len(examples))
         batch = collate([*examples, *filler])
         batch["example_mask"] = np.arange(batch_size) < len(examples)

@@ -22,6 +22,7 @@ from blip2_jax.checkpoints.bert import initialize_qformer, qformer_config
 from blip2_jax.checkpoints.downloads import cache_directory
 from blip2_jax.checkpoints.qformer import INSTRUCTION_TOKENIZER
 from blip2_jax.data.features import FeaturePlan, FeatureTable, View, batch_dtype, compute
+from blip2_jax.data.filters import EVERYTHING, Filters, filters
 from blip2_jax.data.mixture import parse_mixture
 from blip2_jax.data.pipeline import Batch, Part, Pictures, Schema
 from blip2_jax.data.records import Record, Source
@@ -229,21 +230,26 @@ class Task(abc.ABC):
 
     def pictures(self, name: str, training: bool) -> Pictures:
         """Open a source; where a run takes image tokens that were computed before, they are found or computed now."""
-        data, view = self.config.data, self.view(training)
-        if training and not data.feature_views:
-            return Pictures(name, self.source(name), view)
-        if not (training and data.features):
-            self.compute_features(name, training)
-        return Pictures(
-            name, self.source(name), view, FeatureTable(self.feature_plan(name, training), self.features_root(training))
-        )
+        data, table = self.config.data, None
+        if data.feature_views or not training:
+            if not (training and data.features):
+                self.compute_features(name, training)
+            table = FeatureTable(self.feature_plan(name, training), self.features_root(training))
+        used = self.filters if training else EVERYTHING
+        return Pictures(name, self.source(name), self.view(training), table, used)
 
     def view(self, training: bool) -> View:
         """How pictures are looked at."""
         size, data = self.config.image_size, self.config.data
         if not training:
             return View(size)
-        return View(size, data.min_crop_scale, data.flip, max(data.feature_views, 1), data.view_seed)
+        views, limits = max(data.feature_views, 1), self.filters.limits
+        return View(size, data.min_crop_scale, data.flip, views, data.view_seed, limits)
+
+    @functools.cached_property
+    def filters(self) -> Filters:
+        """Which records are trained on."""
+        return filters(self.config.data.filters)
 
     def feature_plan(self, name: str, training: bool) -> FeaturePlan:
         """What the image tokens of a source depend on."""

@@ -14,6 +14,7 @@ from blip2_jax import compat, params
 from blip2_jax.checkpoints.bert import has_language_head
 from blip2_jax.data.mixture import parse_mixture
 from blip2_jax.data.pipeline import Batch, Part, Pictures, evaluation_batches
+from blip2_jax.data.records import BadRecord, Source
 from blip2_jax.data.text import clean_caption, log_frequencies
 from blip2_jax.evaluation import retrieval
 from blip2_jax.evaluation.batches import in_batches
@@ -91,7 +92,7 @@ class Stage1(Task):
         texts = []
         for name, _ in parse_mixture(self.config.data.train):
             source = self.source(name)
-            texts += [text for index in range(min(captions, len(source))) for text in source[index]["captions"]]
+            texts += [text for index in range(min(captions, len(source))) for text in _captions(source, index)]
         texts = [clean_caption(text, self.config.data.lower_case) for text in texts]
         ids, mask = self.caption_tokenizer(texts, self.config.data.max_text_tokens)
         return log_frequencies(ids[:, 1:], mask[:, 1:], self.blip2.qformer.vocab_size)
@@ -178,6 +179,14 @@ class Stage1(Task):
 
     def _evaluation_collate(self, examples: Sequence[dict]) -> Batch:
         return self.batches.collate([self.batches.prepare_caption(example) for example in examples])
+
+
+def _captions(source: Source, index: int) -> list[str]:
+    """Of a record; none of one that cannot be used."""
+    try:
+        return source[index]["captions"]
+    except BadRecord:
+        return []
 
 
 def _every(name: str, share: float) -> int:

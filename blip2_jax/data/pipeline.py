@@ -56,16 +56,16 @@ class Pictures:
         return {"image": self.view.render(record, index, number)}
 
     def example(self, index: int, rng: np.random.Generator | None = None) -> Record:
-        """A record with its picture and the identities that batches carry; a caption is chosen if there are several."""
+        """A record with its picture and the identities that batches carry; a caption is chosen if there are several.
+
+        Records with a question have no caption.
+        """
         record = self.source[index]
-        captions = self.filters.captions(record)
-        caption = captions[0] if rng is None else captions[int(rng.integers(len(captions)))]
-        return {
-            **{name: value for name, value in record.items() if name not in ("image", "captions")},
-            **self.image(record, index, rng),
-            "caption": caption,
-            "image_id": identify(self.name, record["key"]),
-        }
+        example = {name: value for name, value in record.items() if name not in ("image", "captions")}
+        if "question" not in record:
+            captions = self.filters.captions(record)
+            example["caption"] = captions[0] if rng is None else captions[int(rng.integers(len(captions)))]
+        return example | self.image(record, index, rng) | {"image_id": identify(self.name, record["key"])}
 
 
 def collate_images(examples: Sequence[Record]) -> Batch:

@@ -17,13 +17,17 @@ from tests.shapes.lengths import B, K, N, P, S, T, V, W
 from tests.shapes.promises import Late, bfloat16, bool_, float16, float32, int32, ran, uint8, uint32
 from tests.shapes.tasks import STAGE1, STAGE2, prepare
 
-PICTURE = Image.new("RGB", (40, 30))
+WIDTH, HEIGHT = 40, 30
+
+
+def encoded() -> bytes:
+    stream = io.BytesIO()
+    Image.new("RGB", (WIDTH, HEIGHT)).save(stream, "PNG")
+    return stream.getvalue()
 
 
 def record(index: int) -> dict:
-    stream = io.BytesIO()
-    PICTURE.save(stream, "PNG")
-    return {"key": str(index), "image": stream.getvalue(), "captions": ["a", "b"]}
+    return {"key": str(index), "image": encoded(), "captions": ["a", "b"]}
 
 
 class Source(list):
@@ -51,6 +55,7 @@ def table(folder: pathlib.Path) -> FeatureTable:
 
 TABLE = Late(table)
 PIXELS, TOKENS = Pictures("pixels", SOURCE, View(S)), TABLE.then(partial(Pictures, "tokens", SOURCE, View(S)))
+PICTURE = Late(lambda _: images.Picture(encoded()))
 RNG = Late(lambda _: np.random.default_rng(0))
 EXAMPLE = {"key": str, "caption": str, "image_id": uint32[2]}
 
@@ -60,8 +65,14 @@ def batch(rows: int) -> dict:
 
 
 PROMISES = [
+    ran(images.decode, encoded(), then=np.asarray, gives=uint8[HEIGHT, WIDTH, 3]),
+    ran(images.Picture.load, PICTURE, gives=uint8[HEIGHT, WIDTH, 3]),
+    ran(images.Picture.square, PICTURE, (2, 3, 20, 25), S, gives=uint8[S, S, 3]),
     ran(images.resize, PICTURE, S, gives=uint8[S, S, 3]),
+    ran(images.resize, PICTURE, S, "centre", gives=uint8[S, S, 3]),
     ran(images.random_resized_crop, PICTURE, S, RNG, 0.5, True, gives=uint8[S, S, 3]),
+    ran(images.random_box, WIDTH, HEIGHT, RNG, 0.5, gives=(int, int, int, int)),
+    ran(images.resample, uint8[HEIGHT, WIDTH, 3], (2, 3, 20, 25), S, gives=uint8[S, S, 3]),
     ran(text.pad, [[1, 2], [3], []], T, 0, gives=(int32[3, T], bool_[3, T])),
     ran(
         text.CaptionTokenizer.__call__,

@@ -41,7 +41,7 @@ NOT_ARRAYS = {
     *("optimizer.decay_table", "tasks.common.Task.rate_table", "tasks.stage1.Stage1.rate_table"),
     # Pictures are encoded bytes, or only spoken of.
     *("tasks.common.Task.source", "tasks.common.Task.view", "tasks.common.Task.feature_plan"),
-    *("tasks.common.Task.compute_features", "data.features.FeaturePlan.facts"),
+    *("tasks.common.Task.filters", "tasks.common.Task.compute_features", "data.features.FeaturePlan.facts"),
     *("data.pipeline.order_identity", "data.pipeline.check_order"),
     # A protocol.
     *("tasks.common.Batches.collate", "tasks.common.Batches.schema"),

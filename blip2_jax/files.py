@@ -12,15 +12,22 @@ from collections.abc import Iterator
 from typing import Any
 
 
-def write_text(file: pathlib.Path, text: str) -> None:
-    """Put a file in the place of an older one in a single step; its folder is made if need be."""
+@contextlib.contextmanager
+def replacing(file: pathlib.Path) -> Iterator[pathlib.Path]:
+    """Where to write what takes the place of `file`, in a single step and only if nothing fails; its folder is made."""
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_name(f"{file.name}.partial-{os.getpid()}")
     try:
-        partial.write_text(text, encoding="utf-8")
+        yield partial
         partial.replace(file)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def write_text(file: pathlib.Path, text: str) -> None:
+    """Put a file in the place of an older one in a single step; its folder is made if need be."""
+    with replacing(file) as partial:
+        partial.write_text(text, encoding="utf-8")
 
 
 def write_json(file: pathlib.Path, content: Any) -> None:

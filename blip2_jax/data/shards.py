@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import pathlib
 from collections.abc import Iterable
 
 from array_record.python import array_record_module
+
+from blip2_jax import files
 
 
 def shard_file(folder: pathlib.Path, number: int, count: int) -> pathlib.Path:
@@ -21,16 +22,12 @@ def shard_range(length: int, number: int, count: int) -> range:
 
 def write_shard(file: pathlib.Path, records: Iterable[bytes]) -> int:
     """Write encoded records, whole or not at all, so that a shard that exists is done; returns how many there were."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial, count = file.with_name(f"{file.name}.partial-{os.getpid()}"), 0
-    try:
+    count = 0
+    with files.replacing(file) as partial:
         # Records are read one by one in random order.
         writer = array_record_module.ArrayRecordWriter(str(partial), "group_size:1")
         for record in records:
             writer.write(record)
             count += 1
         writer.close()
-        partial.replace(file)
-    finally:
-        partial.unlink(missing_ok=True)
     return count

@@ -1,0 +1,127 @@
+"""Commands on data.
+
+python -m blip2_jax.data prepare --source SOURCE --output DIR    # any source to sharded ArrayRecord
+python -m blip2_jax.data preview --config FILE --output FILE     # the first batches as the model sees them
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import os
+import pathlib
+import signal
+import sys
+from collections.abc import Callable, Sequence
+
+from blip2_jax.data import beam, workers
+from blip2_jax.data.corpus import Corpus, Engine
+from blip2_jax.data.prepare import Settings, facts_file, make_plan
+from blip2_jax.data.statistics import table
+
+_PREPARE = """Write a source as a corpus: ArrayRecord files, what is in them, and what was left out.
+
+The records go to DIR/*.arrayrecord, to be named as --config.data.train=arrayrecord:'DIR/*.arrayrecord'. Beside them
+are corpus.json (where they come from), statistics.json, rejects.jsonl and contact_sheet.jpg. Interrupted or killed, the
+same command goes on. Flags of the Beam runner follow after --."""
+
+
+def _positive(text: str) -> float:
+    value = float(text)
+    if not value > 0:
+        raise argparse.ArgumentTypeError(f"expected a number above 0, found {text}")
+    return value
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1 up, found {text}")
+    return value
+
+
+def _prepare_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m blip2_jax.data prepare",
+        description=_PREPARE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--source", required=True, help="what to read, such as folder:DIR")
+    parser.add_argument("--output", required=True, type=pathlib.Path, metavar="DIR", help="the folder of the corpus")
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--shards", type=_count, metavar="N", help="how many files")
+    size.add_argument("--shard_megabytes", type=_positive, default=256, metavar="MB", help="size of a file (256)")
+    parser.add_argument("--shuffle", action="store_true", help="put the records in a random order")
+    parser.add_argument("--seed", type=int, default=0, help="of that order (0)")
+    parser.add_argument(
+        "--resize",
+        type=_count,
+        default=0,
+        metavar="SIDE",
+        help="make images smaller whose shorter side has more pixels (JPEG of quality 92)",
+    )
+    parser.add_argument(
+        "--check",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="decode every image and leave out those that fail",
+    )
+    parser.add_argument(
+        "--max_rejected", type=float, default=0.1, metavar="SHARE", help="of the records that may be unusable (0.1)"
+    )
+    parser.add_argument(
+        "--engine", choices=("local", "beam"), default="local", help="processes on this machine, or Apache Beam"
+    )
+    parser.add_argument(
+        "--workers", type=_count, default=os.cpu_count(), metavar="N", help="processes on this machine (one a core)"
+    )
+    parser.add_argument("--runner", default="DirectRunner", help="of Beam (DirectRunner)")
+    return parser
+
+
+def _engine(options: argparse.Namespace, flags: Sequence[str], is_done: Callable[[int], bool]) -> Engine:
+    if options.engine == "local":
+        if flags:
+            raise ValueError(f"{' '.join(flags)} behind --: only --engine=beam has flags of its own")
+        return functools.partial(workers.share_out, count=options.workers)
+    beam.require_beam()
+    chosen = {"is_done": is_done, "runner": options.runner, "workers": options.workers, "flags": flags}
+    return functools.partial(beam.share_out, **chosen)
+
+
+def prepare(arguments: Sequence[str]) -> None:
+    """Write a corpus, as the command line says.
+
+    Raises:
+      ImportError, OSError, ValueError: what went wrong, in words for the user.
+      KeyboardInterrupt: SIGINT or SIGTERM came; nothing half-written is left.
+    """
+    own, separator, flags = list(arguments), "--", []
+    if separator in own:
+        own, flags = own[: own.index(separator)], own[own.index(separator) + 1 :]
+    options = _prepare_parser().parse_args(own)
+    settings = Settings(options.check, options.resize, options.seed if options.shuffle else None)
+    plan, size = make_plan(options.source, settings, options.shards, options.shard_megabytes)
+    corpus = Corpus(plan, options.output, size, options.max_rejected)
+    engine = _engine(options, flags, lambda number: facts_file(plan, options.output, number).exists())
+    print(table(corpus.write(engine)))
+    print(f"\nto train on it: --config.data.train='{corpus.source}'")
+
+
+def main(arguments: Sequence[str]) -> None:
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # Both stop alike.
+    try:
+        if arguments[:1] == ["prepare"]:
+            prepare(arguments[1:])
+        else:
+            sys.exit(__doc__)
+    except KeyboardInterrupt:
+        print("\nstopped; the same command goes on from here", file=sys.stderr)
+        sys.exit(130)
+    except (ImportError, OSError, ValueError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -35,6 +35,8 @@ REQUIREMENTS = [
     "transformers>=5.8",
 ]
 EXTRAS = {
+    # `data prepare --engine=beam`.
+    "beam": ["apache-beam>=2.77"],
     "gpu": ["jax[cuda12]"],
     "tpu": ["jax[tpu]"],
     "test": ["chex>=0.1.90", "pytest>=8.4", "pytest-xdist>=3.8", "ruff>=0.14"],

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import argparse
 import functools
+import math
 import os
 import pathlib
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from blip2_jax.data import beam, workers
 from blip2_jax.data.corpus import Corpus, Engine
@@ -23,21 +25,27 @@ _PREPARE = """Write a source as a corpus: ArrayRecord files, what is in them, an
 
 The records go to DIR/*.arrayrecord, to be named as --config.data.train=arrayrecord:'DIR/*.arrayrecord'. Beside them
 are corpus.json (where they come from), statistics.json, rejects.jsonl and contact_sheet.jpg. Interrupted or killed, the
-same command goes on. Flags of the Beam runner follow after --."""
+same command goes on."""
 
 
-def _positive(text: str) -> float:
-    value = float(text)
-    if not value > 0:
-        raise argparse.ArgumentTypeError(f"expected a number above 0, found {text}")
-    return value
+def _number(kind: type, expected: str, low: float, high: float = math.inf) -> Callable[[str], Any]:
+    """A parser of numbers from `low` to `high`."""
+
+    def parse(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"expected {expected}, found {text!r}")
+        return value
+
+    return parse
 
 
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number from 1 up, found {text}")
-    return value
+_WHOLE = _number(int, "a whole number from 1 up", 1)
+_SIZE = _number(float, "a number of megabytes from 0.001 up", 0.001)
+_SHARE = _number(float, "a share from 0 to 1", 0, 1)
 
 
 def _prepare_parser() -> argparse.ArgumentParser:
@@ -47,36 +55,24 @@ def _prepare_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--source", required=True, help="what to read, such as folder:DIR")
-    parser.add_argument("--output", required=True, type=pathlib.Path, metavar="DIR", help="the folder of the corpus")
+    add = parser.add_argument
+    add("--source", required=True, help="what to read, such as folder:DIR")
+    add("--output", required=True, type=pathlib.Path, metavar="DIR", help="the folder of the corpus")
     size = parser.add_mutually_exclusive_group()
-    size.add_argument("--shards", type=_count, metavar="N", help="how many files")
-    size.add_argument("--shard_megabytes", type=_positive, default=256, metavar="MB", help="size of a file (256)")
-    parser.add_argument("--shuffle", action="store_true", help="put the records in a random order")
-    parser.add_argument("--seed", type=int, default=0, help="of that order (0)")
-    parser.add_argument(
-        "--resize",
-        type=_count,
-        default=0,
-        metavar="SIDE",
-        help="make images smaller whose shorter side has more pixels (JPEG of quality 92)",
-    )
-    parser.add_argument(
-        "--check",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="decode every image and leave out those that fail",
-    )
-    parser.add_argument(
-        "--max_rejected", type=float, default=0.1, metavar="SHARE", help="of the records that may be unusable (0.1)"
-    )
-    parser.add_argument(
-        "--engine", choices=("local", "beam"), default="local", help="processes on this machine, or Apache Beam"
-    )
-    parser.add_argument(
-        "--workers", type=_count, default=os.cpu_count(), metavar="N", help="processes on this machine (one a core)"
-    )
-    parser.add_argument("--runner", default="DirectRunner", help="of Beam (DirectRunner)")
+    size.add_argument("--shards", type=_WHOLE, metavar="N", help="how many files")
+    size.add_argument("--shard_megabytes", type=_SIZE, default=256, metavar="MB", help="the size of a file (256)")
+    add("--shuffle", action="store_true", help="put the records in a random order")
+    add("--seed", type=int, default=0, help="of that order (0)")
+    smaller = "make images smaller whose shorter side has more pixels (JPEG of quality 92)"
+    add("--resize", type=_WHOLE, default=0, metavar="SIDE", help=smaller)
+    check = "decode every image, and leave out those that cannot be used; otherwise look at headers alone"
+    add("--check", action=argparse.BooleanOptionalAction, default=True, help=check)
+    allowed = "of the records that may be unusable (0.1)"
+    add("--max_rejected", type=_SHARE, default=0.1, metavar="SHARE", help=allowed)
+    engines = "processes on this machine, or Apache Beam"
+    add("--engine", choices=("local", "beam"), default="local", help=engines)
+    add("--workers", type=_WHOLE, default=os.cpu_count(), metavar="N", help="processes on this machine (one a core)")
+    add("--runner", default="DirectRunner", help="of Beam (DirectRunner: this machine); its own flags follow after --")
     return parser
 
 

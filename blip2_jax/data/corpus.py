@@ -171,7 +171,7 @@ class Corpus:
         known = (read_facts(self.plan, self.folder, number) for number in range(self.plan.shards))
         with files.replacing(self.folder / "rejects.jsonl") as partial, partial.open("w", encoding="utf-8") as stream:
             for reject in (reject for facts in known if facts for reject in facts.rejects):
-                stream.write(json.dumps(reject, ensure_ascii=False) + "\n")
+                stream.write(json.dumps({"source": self.plan.source} | reject, ensure_ascii=False) + "\n")
 
     def _describe(self, statistics: Statistics) -> None:
         """Write all that is not records."""

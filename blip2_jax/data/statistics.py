@@ -159,9 +159,6 @@ def table(statistics: Statistics) -> str:
         label, units = _MEASURED[name]
         lines.append(f"{label:<24}" + "".join(f"{v:>9,.2f}" if units > 1 else f"{v:>9,}" for v in values.values()))
     if s.words:
-        cut = f"(of {s.vocabularies_cut:,} shards the 10,000 most frequent alone are counted) " * bool(
-            s.vocabularies_cut
-        )
-        frequent = f"most frequent words: {cut}{listed(most_frequent(s.words, 40))}"
-        lines += ["", *textwrap.wrap(frequent, 96)]
+        cut = f" (of {s.vocabularies_cut:,} shards only the 10,000 most frequent)" if s.vocabularies_cut else ""
+        lines += ["", *textwrap.wrap(f"most frequent words{cut}: {listed(most_frequent(s.words, 40))}", 96)]
     return "\n".join(lines)

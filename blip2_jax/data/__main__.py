@@ -105,11 +105,49 @@ def prepare(arguments: Sequence[str]) -> None:
     print(f"\nto train on it: --config.data.train='{corpus.source}'")
 
 
+def preview(arguments: Sequence[str]) -> None:
+    """Write the page of a recipe's first batches, as the command line says.
+
+    Raises:
+      OSError, ValueError: what went wrong, in words for the user.
+    """
+    # These bring jax with them, which `prepare` and its workers do without.
+    import jax
+    from absl import flags
+    from ml_collections import config_flags
+
+    from blip2_jax.data import preview
+
+    jax.config.update("jax_platforms", "cpu")  # Accelerators may be busy with training.
+    command, values = ["python -m blip2_jax.data preview", *arguments], flags.FlagValues()
+    config = config_flags.DEFINE_config_file(
+        "config", None, "A recipe: a file of configs/, :VARIANT behind it.", values, sys_argv=command
+    )
+    output = flags.DEFINE_string("output", None, "The HTML file to write.", flag_values=values)
+    batches = flags.DEFINE_integer("batches", 2, "How many.", lower_bound=1, flag_values=values)
+    rows = flags.DEFINE_integer("rows", 128, "Of each batch, at most.", lower_bound=1, flag_values=values)
+    if {"-h", "--help", "--helpfull"} & set(arguments):
+        print(f"{preview.__doc__}\nflags:\n{values.main_module_help() or values}")
+        return
+    try:
+        unknown = values(command)[1:]
+    except (flags.Error, AttributeError) as error:  # The latter of a setting that there is not.
+        raise ValueError(str(error)) from error
+    if unknown or config.value is None or not output.value:
+        found = f", found {' '.join(unknown)}" if unknown else ""
+        raise ValueError(f"preview needs --config=FILE and --output=FILE and nothing else{found}")
+    file = pathlib.Path(output.value)
+    preview.write(config.value, file, batches.value, rows.value)
+    print(f"wrote {file}")
+
+
 def main(arguments: Sequence[str]) -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # Both stop alike.
     try:
         if arguments[:1] == ["prepare"]:
             prepare(arguments[1:])
+        elif arguments[:1] == ["preview"]:
+            preview(arguments[1:])
         else:
             sys.exit(__doc__)
     except KeyboardInterrupt:

@@ -7,6 +7,7 @@ import re
 from collections.abc import Sequence
 
 import numpy as np
+from tokenizers import Tokenizer
 
 from blip2_jax.checkpoints.huggingface import complete, load_tokenizer, read_config
 
@@ -21,6 +22,17 @@ def clean_caption(text: str, lower_case: bool = True) -> str:
     """
     text = _STRIPPED.sub(" ", text.lower() if lower_case else text)
     return " ".join(text.split()[:_MAX_WORDS])
+
+
+def _token_text(tokenizer: Tokenizer, token: int) -> str:
+    """A token by itself, with the space before it if it has one."""
+    name = tokenizer.id_to_token(token)
+    text = tokenizer.decode([token], skip_special_tokens=False)
+    if name is None or not text or "\N{REPLACEMENT CHARACTER}" in text:  # A part of a letter's bytes.
+        return name or f"[{token}]"
+    if name.startswith("##"):
+        return name
+    return f" {text}" if name.startswith("▁") and not text.startswith(" ") else text
 
 
 def pad(rows: Sequence[Sequence[int]], length: int, fill: int) -> tuple[np.ndarray, np.ndarray]:
@@ -50,6 +62,10 @@ class CaptionTokenizer:
         rows = [encoding.ids for encoding in self._tokenizer.encode_batch(list(texts))]
         rows = [row if len(row) <= length else [*row[: length - 1], self._separator] for row in rows]
         return pad(rows, length, self._padding)
+
+    def token_text(self, token: int) -> str:
+        """A token by itself, to be shown."""
+        return "[DEC]" if token == self.decoder_start else _token_text(self._tokenizer, token)
 
 
 def log_frequencies(ids: np.ndarray, mask: np.ndarray, vocab_size: int) -> np.ndarray:
@@ -119,6 +135,10 @@ class LanguageTokenizer:
         if self.end in ids:
             ids = ids[: ids.index(self.end)]
         return self._tokenizer.decode(ids, skip_special_tokens=True)
+
+    def token_text(self, token: int) -> str:
+        """A token by itself, to be shown."""
+        return _token_text(self._tokenizer, token)
 
     def prompts(self, texts: Sequence[str], length: int) -> tuple[np.ndarray, np.ndarray]:
         """int32[B, length] and bool[B, length]. A prompt that is too long is an error: cutting it would change it."""

@@ -44,9 +44,13 @@ class Images:
                 self._records[name, record["key"]] = record["image"]
 
     def tag(self, name: str, key: str, attributes: str = "") -> str:
-        encoded = self._records[name, key]
-        kind = "webp" if encoded[8:12] == b"WEBP" else "png" if encoded[:4] == b"\x89PNG" else "jpeg"
-        return f'<img {attributes} alt="" src="data:image/{kind};base64,{base64.b64encode(encoded).decode()}">'
+        return inline_image(self._records[name, key], attributes)
+
+
+def inline_image(encoded: bytes, attributes: str = "") -> str:
+    """An <img> that has a JPEG, PNG or WebP inside."""
+    kind = "webp" if encoded[8:12] == b"WEBP" else "png" if encoded[:4] == b"\x89PNG" else "jpeg"
+    return f'<img {attributes} alt="" src="data:image/{kind};base64,{base64.b64encode(encoded).decode()}">'
 
 
 def chart(title: str, series: Mapping[str, Sequence[tuple[float, float]]], width: int = 340, height: int = 190) -> str:
@@ -208,17 +212,17 @@ def _attention_map(picture: str, weights: np.ndarray, size: int = 56) -> str:
     return f'<span class="map">{picture}<svg width="{size}" height="{size}">{shade}</svg></span>'
 
 
-def page(title: str, body: str) -> str:
-    """A whole HTML page that needs nothing else."""
+def page(title: str, body: str, style: str = "") -> str:
+    """A whole HTML page that needs nothing else; `style` is CSS beyond that of all pages."""
     return (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-        f"<title>{html.escape(title)}</title><style>{_STYLE}</style><h1>{html.escape(title)}</h1>{body}</html>"
+        f"<title>{html.escape(title)}</title><style>{_STYLE}{style}</style><h1>{html.escape(title)}</h1>{body}</html>"
     )
 
 
-def write(file: pathlib.Path, title: str, body: str) -> None:
+def write(file: pathlib.Path, title: str, body: str, style: str = "") -> None:
     """Write a page, whole or not at all."""
-    files.write_text(file, page(title, body))
+    files.write_text(file, page(title, body, style))
 
 
 def _number(value: float | None) -> str:

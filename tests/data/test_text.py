@@ -102,3 +102,16 @@ def test_a_directory_without_tokenizer(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "llama", "eos_token_id": 2}')
     with pytest.raises(FileNotFoundError, match=r"tokenizer\.json is missing, and transformers makes no tokenizer"):
         LanguageTokenizer(tmp_path)
+
+
+def test_tokens_to_be_shown(caption, llama):
+    shown = [caption.token_text(token) for token in (2, 5, 7, 3, caption.decoder_start, 10**6)]
+    assert shown == ["[CLS]", "a", "red", "[SEP]", "[DEC]", "[1000000]"]
+    tokenizer = LanguageTokenizer(llama)
+    shown = [tokenizer.token_text(token) for token in [0, *tokenizer.encode("a red square\n")]]
+    assert shown[0] == "<|endoftext|>"
+    assert "".join(shown[1:]) == "a red square\n"
+    # A letter of three bytes is three tokens here.
+    parts = [tokenizer.token_text(token) for token in tokenizer.encode("猫")]
+    assert len(parts) == 3
+    assert all(part and "\N{REPLACEMENT CHARACTER}" not in part for part in parts)

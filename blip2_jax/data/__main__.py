@@ -99,8 +99,8 @@ def prepare(arguments: Sequence[str]) -> None:
     options = _prepare_parser().parse_args(own)
     settings = Settings(options.check, options.resize, options.seed if options.shuffle else None)
     plan, size = make_plan(options.source, settings, options.shards, options.shard_megabytes)
-    corpus = Corpus(plan, options.output, size, options.max_rejected)
-    engine = _engine(options, flags, lambda number: facts_file(plan, options.output, number).exists())
+    corpus = Corpus(plan, options.output.absolute(), size, options.max_rejected)
+    engine = _engine(options, flags, lambda number: facts_file(plan, corpus.folder, number).exists())
     print(table(corpus.write(engine)))
     print(f"\nto train on it: --config.data.train='{corpus.source}'")
 

@@ -37,10 +37,10 @@ class _Pipeline(threading.Thread):
 
     def run(self) -> None:
         logging.getLogger().setLevel(logging.ERROR)  # Beam tells of optional packages that it does not find.
-        import apache_beam as beam
-        from apache_beam.options.pipeline_options import PipelineOptions
-
         try:
+            import apache_beam as beam
+            from apache_beam.options.pipeline_options import PipelineOptions
+
             pipeline = beam.Pipeline(options=PipelineOptions(self._flags))
             # Reshuffled, or one worker would get them all.
             numbers = pipeline | beam.Create(self._numbers) | beam.Reshuffle()
@@ -80,6 +80,8 @@ def share_out(
       ChildProcessError: a piece failed, or could not be begun.
     """
     require_beam()
+    if not numbers:
+        return
     chosen = [
         f"--runner={runner}",
         f"--direct_num_workers={workers}",

@@ -49,7 +49,7 @@ class Corpus:
 
     Attributes:
       plan: what it is made of.
-      folder: new, or with a part of the corpus.
+      folder: new, or with a part of the corpus; where all workers see it.
       size: bytes that it will take, about.
       max_rejected: share of its records that may be unusable.
     """
@@ -93,7 +93,7 @@ class Corpus:
         Raises:
           FileExistsError, ValueError: something else is there.
         """
-        file, planned = self.folder / "corpus.json", dataclasses.asdict(self.plan)
+        file, planned = self.folder / "corpus.json", json.loads(json.dumps(dataclasses.asdict(self.plan)))
         if not file.exists():
             others = sorted(path.name for path in self.folder.iterdir())
             if others:
@@ -104,13 +104,13 @@ class Corpus:
             return
         try:
             known = json.loads(file.read_text(encoding="utf-8"))["plan"]
-            there, asked = _flat(known), _flat(planned)
+            there, asked = dict(_settings(known)), dict(_settings(planned))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise FileExistsError(f"{file} is not a plan of this command: name a folder that is not there") from error
         # Where the same records are to be found may change.
-        changed = [name for name in asked if name != "source" and there.get(name) != asked[name]]
+        changed = [name for name in asked | there if name != "source" and there.get(name) != asked.get(name)]
         if changed:
-            lines = [f"  {name}: {there.get(name)!r} there, {asked[name]!r} asked for" for name in changed]
+            lines = [f"  {name}: {there.get(name)!r} there, {asked.get(name)!r} asked for" for name in changed]
             raise ValueError(
                 f"{self.folder} holds a corpus of another plan:\n"
                 + "\n".join(lines)
@@ -157,14 +157,19 @@ class Corpus:
 
     def _check_rejects(self, statistics: Statistics) -> None:
         """Raise TooManyRejects as soon as that is certain, in whatever order shards are written."""
-        rejected, length = statistics.rejected.total(), self.plan.length
-        if rejected > self.max_rejected * length or rejected == length:
-            self._write_rejects()
-            reasons = ", ".join(f"{reason} {count:,}" for reason, count in most_frequent(statistics.rejected))
-            raise TooManyRejects(
-                f"of {length:,} records of {self.plan.source} at least {rejected:,} cannot be used ({reasons}), and "
-                f"--max_rejected allows a share of {self.max_rejected:g}: see {self.folder / 'rejects.jsonl'}"
-            )
+        rejected, length = statistics.rejected, self.plan.length
+        bad = rejected.total()
+        if bad <= self.max_rejected * length and rejected.total() < length:
+            return
+        self._write_rejects()
+        reasons = ", ".join(f"{reason} {count:,}" for reason, count in most_frequent(rejected))
+        listed = f"{self.folder / 'rejects.jsonl'} lists them"
+        if rejected.total() == length:
+            raise TooManyRejects(f"none of the {length:,} records of {self.plan.source} is left ({reasons}); {listed}")
+        raise TooManyRejects(
+            f"{bad:,} or more of {length:,} records of {self.plan.source} cannot be used ({reasons}), and "
+            f"--max_rejected allows a share of {self.max_rejected:g}; {listed}"
+        )
 
     def _write_rejects(self) -> None:
         """rejects.jsonl, of all shards that are there, in order."""
@@ -179,7 +184,7 @@ class Corpus:
         files.write_json(self.folder / "statistics.json", summary(statistics))
         written = open_source(self.source)
         said = f"{statistics.records:,} records, {statistics.captions:,} captions, from {self.plan.source}"
-        contact_sheet.write(self.folder / "contact_sheet.jpg", written, self.folder.absolute().name, said)
+        contact_sheet.write(self.folder / "contact_sheet.jpg", written, self.folder.name, said)
         totals = {name: getattr(statistics, name) for name in ("records", "captions", "questions", "file_bytes")}
         provenance = {
             "plan": dataclasses.asdict(self.plan),
@@ -193,9 +198,13 @@ class Corpus:
         files.write_json(self.folder / "corpus.json", provenance | totals)
 
 
-def _flat(plan: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings beside the rest."""
-    return {name: value for name, value in plan.items() if name != "settings"} | plan["settings"]
+def _settings(plan: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Names and values, also of settings inside of settings."""
+    for name, value in plan.items():
+        if isinstance(value, dict):
+            yield from _settings(value, f"{name}.")
+        else:
+            yield prefix + name, value
 
 
 @contextlib.contextmanager

@@ -176,7 +176,7 @@ def _facts(task: Task, parts: Sequence[Part]) -> dict[str, str]:
     facts = {"batch": f"{config.batch_size:,} rows, seed {config.seed}", "images": ", ".join(pictures)}
     for number, part in enumerate(parts, start=1):
         share = f"{100 * part.share:.3g} % of the rows, {len(part.pictures.source):,} records"
-        facts[f"source {number} of {len(parts)}"] = f"{part.pictures.name}: {share}"
+        facts[f"source {number}" if len(parts) > 1 else "source"] = f"{part.pictures.name}: {share}"
     facts["text"] = f"at most {data.max_text_tokens} tokens, {'lower case' if data.lower_case else 'case kept'}"
     if isinstance(task, Stage2):
         facts["prompts"] = ", ".join(map(repr, task.batches.prompts))

@@ -21,7 +21,11 @@ h2{font-weight:600;letter-spacing:-.01em} .lead{color:#5f6368;margin-top:0}
 .facts{display:grid;grid-template-columns:repeat(auto-fill,minmax(210px,1fr));gap:10px 24px;margin:1.4em 0}
 .facts div{border-top:1px solid #e3e5e8;padding-top:6px;overflow-wrap:anywhere}
 dt{color:#5f6368;font-size:12.5px} dd{margin:0}
-.scroll{overflow-x:auto}
+summary{font-weight:600;cursor:pointer;font-size:14px}
+.rejects{list-style:none;margin:8px 0 20px;padding:0;font-size:13px}
+.rejects li{display:flex;flex-wrap:wrap;align-items:baseline;gap:2px 14px;padding:5px 0}
+.rejects li{border-top:1px solid #eee;overflow-wrap:anywhere}
+.rejects b{background:#fce8e6;color:#a50e0e;border-radius:6px;padding:0 7px;font-weight:500}
 .legend{display:flex;flex-wrap:wrap;gap:6px 18px;align-items:center;font-size:13px;color:#5f6368;margin:1.2em 0}
 .legend span{display:inline-flex;gap:6px;align-items:center}
 .batch{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,300px),1fr));gap:16px;align-items:start}
@@ -143,12 +147,12 @@ def _row(batch: int, number: int, row: Row) -> str:
 def _rejects(rejects: Sequence[Mapping[str, str]]) -> str:
     if not rejects:
         return ""
-    names = ("reason", "key", "source", "detail")
-    head = "".join(f"<th>{name}</th>" for name in names)
-    body = "".join(
-        "<tr>" + "".join(f"<td>{html.escape(str(reject[name]))}</td>" for name in names) + "</tr>" for reject in rejects
+    items = "".join(
+        f"<li><b>{html.escape(reject['reason'])}</b> <span>{html.escape(reject['key'])}</span> "
+        f"<span>{html.escape(reject['detail'])}</span> <small>{html.escape(reject['source'])}</small></li>"
+        for reject in rejects
     )
-    return f'<h3>Records that could not be used</h3><div class="scroll"><table><tr>{head}</tr>{body}</table></div>'
+    return f'<details open><summary>Records that could not be used</summary><ul class="rejects">{items}</ul></details>'
 
 
 def write(file: pathlib.Path, title: str, lead: str, facts: Mapping[str, str], batches: Sequence[Shown]) -> None:

@@ -185,9 +185,9 @@ def test_bad_records_are_left_out_counted_and_listed(damaged, tmp_path):
     assert [record["key"] for record in read(corpus)] == ["r0", "r1", "r3", "r4", "r6", "r8", "r9"]
     lines = [json.loads(line) for line in (corpus.folder / "rejects.jsonl").read_text().splitlines()]
     assert [(line["key"], line["source"]) for line in lines] == [(f"r{number}", damaged) for number in (2, 5, 7)]
-    assert found.rejected.total() == found.records - 4 == 3
-    assert [line["reason"] for line in lines[:2]] == ["unreadable", "unreadable"]
-    assert found.rejected == {reason: [line["reason"] for line in lines].count(reason) for reason in found.rejected}
+    assert found.records == 7
+    assert {line["reason"] for line in lines[:2]} == {"unreadable"}
+    assert found.rejected.total() == 3
     assert all(line["detail"] for line in lines)
 
 
@@ -205,12 +205,12 @@ def test_too_many_bad_records_are_an_error_and_allowing_more_goes_on(damaged, tm
             begun.append(number)
             yield from in_this_process(work, [number])
 
-    with pytest.raises(TooManyRejects, match=r"of 10 records .* at least 2 cannot be used \(unreadable 2\).*0\.15"):
+    with pytest.raises(TooManyRejects, match=r"2 or more of 10 records .* cannot be used \(unreadable 2\).*0\.15"):
         write(damaged, folder, 5, max_rejected=0.15, engine=watched)
     assert begun == [0, 1, 2]  # The second one is in shard 2, and then it was certain.
     assert len((folder / "rejects.jsonl").read_text().splitlines()) == 2
     known = times(folder)
-    with pytest.raises(TooManyRejects, match="at least 2"):  # Without writing anything.
+    with pytest.raises(TooManyRejects, match="2 or more"):  # Without writing anything.
         write(damaged, folder, 5, max_rejected=0.15, engine=watched)
     _, found = write(damaged, folder, 5, max_rejected=0.3, engine=watched)
     assert begun == [0, 1, 2, 3, 4]
@@ -220,7 +220,9 @@ def test_too_many_bad_records_are_an_error_and_allowing_more_goes_on(damaged, tm
 
 def test_nothing_usable_is_an_error(records, tmp_path):
     source = source_of([record | {"image": b""} for record in records], tmp_path / "in")
-    with pytest.raises(TooManyRejects, match="at least 10 cannot be used"):
+    with pytest.raises(
+        TooManyRejects, match=r"none of the 10 records .* is left \(.* 10\); .*rejects.jsonl lists them"
+    ):
         write(source, tmp_path / "out", max_rejected=1.0)
 
 
@@ -322,7 +324,9 @@ def test_a_finished_corpus_needs_no_work(source, tmp_path, capfd):
 def test_another_plan_in_the_folder_is_an_error(source, records, tmp_path):
     corpus, _ = write(source, tmp_path / "out", 4)
     before = contents(corpus.folder)
-    with pytest.raises(ValueError, match=r"another plan:\n  shards: 4 there, 3 asked for\n  resize: 0 there, 24 asked"):
+    with pytest.raises(
+        ValueError, match=r"plan:\n  shards: 4 there, 3 asked for\n  settings.resize: 0 there, 24 asked"
+    ):
         write(source, corpus.folder, 3, resize=24)
     other = source_of([*records[:8], larger(records[9])], tmp_path / "other")
     with pytest.raises(ValueError, match=r"identity: '\w+' there, '\w+' asked for\n  length: 10 there, 9 asked for"):
@@ -415,7 +419,7 @@ def test_flags_say_what_they_expect(flag, tmp_path, capsys, signals):
     with pytest.raises(SystemExit) as ended:
         command.main(["prepare", "--source=nano:train", f"--output={tmp_path}", flag])
     assert ended.value.code == 2
-    assert "expected a" in capsys.readouterr().err
+    assert "expected " in capsys.readouterr().err
 
 
 def test_there_are_two_commands(signals):

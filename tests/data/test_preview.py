@@ -8,7 +8,6 @@ import pathlib
 import re
 import signal
 
-import msgpack
 import numpy as np
 import pytest
 from PIL import Image
@@ -16,8 +15,11 @@ from PIL import Image
 from blip2_jax import tasks
 from blip2_jax.checkpoints import frozen
 from blip2_jax.data import __main__ as command
-from blip2_jax.data import preview, shards
+from blip2_jax.data import preview
 from blip2_jax.data.pipeline import training_batches
+from blip2_jax.data.records import BadRecord
+from blip2_jax.data.sources import open_source
+from blip2_jax.tasks import common
 from tests import tiny
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -122,16 +124,29 @@ def test_an_encoder_decoder_reads_apart(folder, no_weights):
         assert "".join(texts(writes, "predicted")).strip() == f"{row.caption.lower().rstrip('.')}<|im_end|>"
 
 
+class Dangerous:
+    """Captions that look like HTML, and a record that cannot be used."""
+
+    identity = "dangerous"
+
+    def __len__(self):
+        return 3
+
+    def __getitem__(self, index):
+        if index == 1:
+            raise BadRecord("unreadable", "<k1>", "expected an image, found <html>")
+        image = io.BytesIO()
+        Image.new("RGB", (70, 50), "teal").save(image, "PNG")
+        return {"key": f"<k{index}>", "image": image.getvalue(), "captions": ["a <b> & c"]}
+
+
 @pytest.fixture(scope="module")
 def page(folder, tmp_path_factory):
-    """Of a mixture with dangerous captions and an image that cannot be read, as text."""
+    """Of a mixture, as text."""
     directory = tmp_path_factory.mktemp("page")
-    image = io.BytesIO()
-    Image.new("RGB", (70, 50), "teal").save(image, "PNG")
-    images = [image.getvalue(), b"not an image", image.getvalue()]
-    records = [{"key": f"<k{i}>", "image": image, "captions": ["a <b> & c"]} for i, image in enumerate(images)]
-    shards.write_shard(directory / "s.arrayrecord", map(msgpack.packb, records))
+    opened = lambda name: Dangerous() if name == "dangerous:" else open_source(name)
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(common, "open_source", opened)
         patch.setenv("BLIP2_JAX_CACHE", str(folder / "cache"))
         config = tiny.recipe("stage1", folder)
         settings = {
@@ -139,7 +154,7 @@ def page(folder, tmp_path_factory):
             for name in ("bert", "image_size", "batch_size", "data.max_text_tokens")
         }
         settings |= {f"model.{name}": config.model[name] for name in ("layers", "queries", "embed_width")}
-        settings["data.train"] = f"{config.data.train}@0.5 + arrayrecord:{directory}/s.arrayrecord@0.5"
+        settings["data.train"] = f"{config.data.train}@0.5 + dangerous:@0.5"
         recipe = pathlib.Path(tiny.__file__).parent.parent / "configs" / "stage1.py"
         overrides = [f"--config.{name}={value}" for name, value in settings.items()]
         handler = signal.getsignal(signal.SIGTERM)
@@ -168,11 +183,11 @@ def test_the_page_needs_nothing_else(page):
 def test_the_page_takes_texts_as_texts(page):
     assert "<b> & c" not in page
     assert "a &lt;b&gt; &amp; c" in page
-    assert re.search(r"row \d+ · &lt;k[02]&gt; · arrayrecord:", page)
+    assert re.search(r"row \d+ · &lt;k[02]&gt; · dangerous:", page)
 
 
 def test_the_page_lists_what_could_not_be_used(page):
-    rejected = re.findall(r"<tr><td>unreadable</td><td>&lt;k1&gt;</td><td>arrayrecord:", page)
+    rejected = re.findall(r"<li><b>unreadable</b> <span>&lt;k1&gt;</span> .*?&lt;html&gt;.*?<small>dangerous:", page)
     counted = [int(number) for number in re.findall(r"(\d+) records rejected", page)]
     assert len(rejected) == sum(counted) > 0
 

@@ -7,6 +7,8 @@ python -m blip2_jax.data preview --config FILE --output FILE     # the first bat
 from __future__ import annotations
 
 import argparse
+import contextlib
+import dataclasses
 import functools
 import math
 import os
@@ -18,6 +20,7 @@ from typing import Any
 
 from blip2_jax.data import beam, workers
 from blip2_jax.data.corpus import Corpus, Engine
+from blip2_jax.data.filters import Filters, filters
 from blip2_jax.data.prepare import Settings, facts_file, make_plan
 from blip2_jax.data.statistics import table
 
@@ -48,6 +51,20 @@ _SIZE = _number(float, "a number of megabytes from 0.001 up", 0.001)
 _SHARE = _number(float, "a share from 0 to 1", 0, 1)
 
 
+_FILTERS = [field.name for field in dataclasses.fields(Filters)]
+
+
+def _filter(text: str) -> tuple[str, Any]:
+    """A name, and a number where it is one."""
+    name, separator, value = text.partition("=")
+    if not separator:
+        raise argparse.ArgumentTypeError(f"expected NAME=VALUE, found {text!r}")
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            return name, kind(value)
+    return name, value
+
+
 def _prepare_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m blip2_jax.data prepare",
@@ -61,6 +78,8 @@ def _prepare_parser() -> argparse.ArgumentParser:
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--shards", type=_WHOLE, metavar="N", help="how many files")
     size.add_argument("--shard_megabytes", type=_SIZE, default=256, metavar="MB", help="the size of a file (256)")
+    chosen = f"which images and captions are kept, such as min_side=64 scripts=latin: {', '.join(_FILTERS)}"
+    add("--filters", nargs="*", type=_filter, metavar="NAME=VALUE", help=chosen)
     add("--shuffle", action="store_true", help="put the records in a random order")
     add("--seed", type=int, default=0, help="of that order (0)")
     smaller = "make images smaller whose shorter side has more pixels (JPEG of quality 92)"
@@ -97,7 +116,8 @@ def prepare(arguments: Sequence[str]) -> None:
     if separator in own:
         own, flags = own[: own.index(separator)], own[own.index(separator) + 1 :]
     options = _prepare_parser().parse_args(own)
-    settings = Settings(options.check, options.resize, options.seed if options.shuffle else None)
+    chosen = None if options.filters is None else filters(dict(options.filters))
+    settings = Settings(options.check, chosen, options.resize, options.seed if options.shuffle else None)
     plan, size = make_plan(options.source, settings, options.shards, options.shard_megabytes)
     corpus = Corpus(plan, options.output.absolute(), size, options.max_rejected)
     engine = _engine(options, flags, lambda number: facts_file(plan, corpus.folder, number).exists())

@@ -36,6 +36,8 @@ from blip2_jax.monitoring.progress import progress
 Engine = Callable[[Work, Sequence[int]], Iterator[Report]]
 
 _HEADROOM = 2**27  # Bytes to leave on the disk.
+# Reasons of what a filter was to leave out, so that they are no sign of a broken source.
+_FILTERED = ("too_small", "aspect", "caption_length", "script")
 _VERSIONS = ("blip2_jax", "array_record", "msgpack", "numpy", "Pillow")
 
 
@@ -158,7 +160,7 @@ class Corpus:
     def _check_rejects(self, statistics: Statistics) -> None:
         """Raise TooManyRejects as soon as that is certain, in whatever order shards are written."""
         rejected, length = statistics.rejected, self.plan.length
-        bad = rejected.total()
+        bad = rejected.total() - sum(rejected[reason] for reason in _FILTERED)
         if bad <= self.max_rejected * length and rejected.total() < length:
             return
         self._write_rejects()

@@ -18,10 +18,12 @@ from typing import NamedTuple
 
 import msgpack
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from blip2_jax import files
-from blip2_jax.data import images, shards
+from blip2_jax.data import shards
+from blip2_jax.data.filters import Filters
+from blip2_jax.data.images import Limits, Picture
 from blip2_jax.data.records import BadRecord, Record, Source
 from blip2_jax.data.sources import open_source
 from blip2_jax.data.statistics import Statistics
@@ -36,11 +38,13 @@ class Settings:
 
     Attributes:
       check: decode each image, and leave out what cannot be decoded; otherwise only headers are read.
+      filters: which images and captions are kept; None: all that can be used.
       resize: pixels that the shorter side of an image has at most, larger ones are made smaller; 0: no limit.
       shuffle: seed of a random order of the records; None: the order of the source.
     """
 
     check: bool = True
+    filters: Filters | None = None
     resize: int = 0
     shuffle: int | None = None
 
@@ -92,29 +96,10 @@ def make_plan(source: str, settings: Settings, count: int | None, megabytes: flo
     return Plan(source, opened.identity, length, count, settings), size
 
 
-def _decode(record: Record) -> Image.Image:
-    try:
-        return Image.fromarray(np.asarray(images.decode(record["image"], record["key"])))
-    except BadRecord:
-        raise
-    except ValueError as error:
-        raise BadRecord("unreadable", record["key"], str(error)) from error
-
-
-def _header(record: Record) -> tuple[str, tuple[int, int]]:
-    """Format, and (width, height) in pixels."""
-    try:
-        with Image.open(io.BytesIO(record["image"])) as image:
-            return image.format, image.size
-    except Image.DecompressionBombError as error:
-        raise BadRecord("too_large", record["key"], str(error)) from error
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
-        raise BadRecord("unreadable", record["key"], str(error)) from error
-
-
-def _smaller(image: Image.Image, side: int) -> bytes:
-    """A JPEG of the image with `side` pixels along its shorter side."""
-    scale, encoded = side / min(image.size), io.BytesIO()
+def _smaller(pixels: np.ndarray, side: int) -> bytes:
+    """A JPEG of uint8[H, W, 3] with `side` pixels along its shorter side."""
+    image, encoded = Image.fromarray(pixels), io.BytesIO()
+    scale = side / min(image.size)
     size = [max(side, round(scale * length)) for length in image.size]
     image.resize(size, Image.Resampling.BICUBIC).save(encoded, "JPEG", quality=_JPEG_QUALITY)
     return encoded.getvalue()
@@ -124,15 +109,20 @@ def process(record: Record, settings: Settings, statistics: Statistics) -> Recor
     """A record as it is stored, counted in `statistics`.
 
     Raises:
-      BadRecord: its image cannot be used.
+      BadRecord: its image or its captions cannot be used, or do not pass the filters.
     """
-    decoded = _decode(record) if settings.check else None
-    kind, size = _header(record)
-    if settings.resize and min(size) > settings.resize:
-        record = record | {"image": _smaller(decoded or _decode(record), settings.resize)}
-        kind, size = _header(record)
+    limits = Limits() if settings.filters is None else settings.filters.limits
+    if settings.filters and ("question" not in record or record.get("captions")):
+        record = record | {"captions": settings.filters.captions(record)}
+    picture = Picture(record["image"], record["key"], limits)
+    if settings.check:
+        picture.load()
+    if settings.resize and min(picture.width, picture.height) > settings.resize:
+        record = record | {"image": _smaller(picture.load(), settings.resize)}
+        picture = Picture(record["image"], record["key"])
         statistics.resized += 1
-    statistics.add(record, size, kind)
+    with Image.open(io.BytesIO(record["image"])) as image:
+        statistics.add(record, (picture.width, picture.height), image.format)
     return record
 
 

@@ -1,5 +1,6 @@
 """Any source to a corpus: what is kept, what is left out, what is said of it, and all ways to stop and go on."""
 
+import dataclasses
 import fcntl
 import io
 import json
@@ -19,6 +20,7 @@ from blip2_jax import files
 from blip2_jax.data import __main__ as command
 from blip2_jax.data import prepare, shards
 from blip2_jax.data.corpus import Corpus, TooManyRejects
+from blip2_jax.data.filters import Filters
 from blip2_jax.data.sources import open_source
 from blip2_jax.data.workers import Report
 
@@ -118,7 +120,7 @@ def test_provenance(source, tmp_path):
     assert said["finished"] is True
     assert said["plan"]["source"] == source
     assert said["plan"]["identity"] == open_source(source).identity
-    assert said["plan"]["settings"] == {"check": True, "resize": 0, "shuffle": 3}
+    assert said["plan"]["settings"] == {"check": True, "filters": None, "resize": 0, "shuffle": 3}
     assert (said["records"], said["captions"]) == (10, 19)
     assert said["identity"] == open_source(corpus.source).identity
     assert said["versions"]["Pillow"] == Image.__version__
@@ -186,8 +188,8 @@ def test_bad_records_are_left_out_counted_and_listed(damaged, tmp_path):
     lines = [json.loads(line) for line in (corpus.folder / "rejects.jsonl").read_text().splitlines()]
     assert [(line["key"], line["source"]) for line in lines] == [(f"r{number}", damaged) for number in (2, 5, 7)]
     assert found.records == 7
-    assert {line["reason"] for line in lines[:2]} == {"unreadable"}
-    assert found.rejected.total() == 3
+    assert [line["reason"] for line in lines] == ["unreadable", "unreadable", "truncated"]
+    assert found.rejected == {"unreadable": 2, "truncated": 1}
     assert all(line["detail"] for line in lines)
 
 
@@ -221,9 +223,28 @@ def test_too_many_bad_records_are_an_error_and_allowing_more_goes_on(damaged, tm
 def test_nothing_usable_is_an_error(records, tmp_path):
     source = source_of([record | {"image": b""} for record in records], tmp_path / "in")
     with pytest.raises(
-        TooManyRejects, match=r"none of the 10 records .* is left \(.* 10\); .*rejects.jsonl lists them"
+        TooManyRejects, match=r"none of the 10 records .* is left \(missing 10\); .*rejects.jsonl lists them"
     ):
         write(source, tmp_path / "out", max_rejected=1.0)
+
+
+def test_filters_keep_what_passes_and_are_no_sign_of_a_broken_source(records, tmp_path):
+    records[0]["captions"] = ["кот", "a cat"]
+    records[1]["captions"] = ["один кот"]
+    records[3]["image"] = encode((200, 20))
+    records[4]["image"] = encode((30, 12))
+    chosen = Filters(min_side=16, max_aspect=3, min_words=2, scripts=("latin",))
+    source = source_of(records, tmp_path / "in")
+    corpus, found = write(source, tmp_path / "out", max_rejected=0.0, filters=chosen)
+    assert found.rejected == {"script": 1, "aspect": 1, "too_small": 1}
+    kept = {record["key"]: record["captions"] for record in read(corpus)}
+    assert kept["r0"] == ["a cat"]
+    assert kept.keys() == {f"r{number}" for number in range(10)} - {"r1", "r3", "r4"}
+    with pytest.raises(ValueError, match=r"plan:\n  filters.min_side: 16 there, 17 asked for\nRepeat"):
+        write(source, tmp_path / "out", filters=dataclasses.replace(chosen, min_side=17))
+    with pytest.raises(ValueError, match=r"filters.min_side: 16 there, None asked for"):
+        write(source, tmp_path / "out")
+    write(source, tmp_path / "out", max_rejected=0.0, filters=chosen)
 
 
 def test_a_broken_disk_is_no_bad_record(source, tmp_path, monkeypatch):
@@ -404,6 +425,7 @@ def test_the_command_prints_what_it_made(source, tmp_path, capfd, signals):
     [
         ("--source nowhere:x --output {out}", "error: data source 'nowhere:x'"),
         ("--source arrayrecord:{out}/* --output {out}", "error: .*no file matches"),
+        ("--source {source} --output {out} --filters min_side=9 max_sid=9", "error: .*max_sid: no such filter"),
         ("--source {source} --output {out} -- --region=x", "error: --region=x behind --: only --engine=beam"),
     ],
 )
@@ -414,7 +436,9 @@ def test_errors_are_one_line(arguments, message, source, tmp_path, signals):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("flag", ["--shards=0", "--shards=x", "--max_rejected=2", "--shard_megabytes=-1", "--resize=0"])
+@pytest.mark.parametrize(
+    "flag", ["--shards=0", "--shards=x", "--max_rejected=2", "--shard_megabytes=-1", "--resize=0", "--filters=x"]
+)
 def test_flags_say_what_they_expect(flag, tmp_path, capsys, signals):
     with pytest.raises(SystemExit) as ended:
         command.main(["prepare", "--source=nano:train", f"--output={tmp_path}", flag])

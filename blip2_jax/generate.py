@@ -14,6 +14,7 @@ import numpy as np
 
 from blip2_jax import tasks
 from blip2_jax.data import images
+from blip2_jax.decoding import GenerationConfig
 from blip2_jax.tasks.stage2 import Stage2
 
 
@@ -37,9 +38,8 @@ def generate(
         )
     pictures = load_pictures(files, task.config.image_size)
     soft_prompt = np.asarray(task.soft_prompt(trainable, task.encode(pictures)))
-    return task.generate(
-        soft_prompt, [task.config.data.prompt if prompt is None else prompt] * len(files), max_new_tokens
-    )
+    prompts = [task.config.data.prompt if prompt is None else prompt] * len(files)
+    return task.generate(soft_prompt, prompts, GenerationConfig(max_new_tokens))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

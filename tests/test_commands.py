@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from blip2_jax import evaluate, generate, tasks
+from blip2_jax.decoding import GenerationConfig
 from blip2_jax.evaluation import attention
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -33,7 +34,7 @@ def test_the_prompt_matters(stage2, pictures):
     task, trainable = tasks.load_trained(stage2)
     embeds = task.encode(generate.load_pictures(pictures, task.config.image_size))
     soft_prompt = np.asarray(task.soft_prompt(trainable, embeds))
-    first, second = (task.generate(soft_prompt, [prompt] * 3, 8) for prompt in ("Question:", "a red"))
+    first, second = (task.generate(soft_prompt, [prompt] * 3, GenerationConfig(8)) for prompt in ("Question:", "a red"))
     assert first != second
 
 

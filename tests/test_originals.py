@@ -18,6 +18,7 @@ from blip2_jax.checkpoints.huggingface import Directory
 from blip2_jax.data import images
 from blip2_jax.data.sources import open_source
 from blip2_jax.data.text import CaptionTokenizer, LanguageTokenizer
+from blip2_jax.decoding import GenerationConfig
 from blip2_jax.models.layers import causal_mask
 from blip2_jax.models.qformer import QFormer
 from tests.test_real_models import PARAGRAPH
@@ -100,7 +101,7 @@ def test_the_language_model_writes_the_same_text(original_language_model):
     texts = ["The river rises in the", "A recipe for bread: first", "Question: What is 2 + 2? Answer:"]
     ids, mask = tokenizer.prompts(texts, 16)
     embeds = model.apply({"params": parameters}, ids, method="embed")
-    found = np.asarray(decoding.greedy(model, parameters, embeds, mask, max_new_tokens=12, end_token=tokenizer.end))
+    found = np.asarray(decoding.generate(model, parameters, embeds, mask, GenerationConfig(12), tokenizer.end))
     for row, text in zip(found, texts, strict=True):
         prompt = torch.tensor([tokenizer.encode(text)])
         written = original.generate(prompt, max_new_tokens=12, do_sample=False)[0, prompt.shape[1] :].tolist()

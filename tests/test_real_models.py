@@ -13,6 +13,7 @@ from blip2_jax.checkpoints import frozen
 from blip2_jax.data import images
 from blip2_jax.data.sources import open_source
 from blip2_jax.data.text import LanguageTokenizer
+from blip2_jax.decoding import GenerationConfig
 from blip2_jax.models.layers import causal_mask
 
 PARAGRAPH = (
@@ -57,7 +58,7 @@ def test_the_language_model_goes_on_with_a_fact(language):
     prompts = ["The capital of France is", "Monday, Tuesday,"]
     ids, mask = tokenizer.prompts(prompts, 12)
     embeds = model.apply({"params": parameters}, ids, method="embed")
-    written = decoding.greedy(model, parameters, embeds, mask, max_new_tokens=3, end_token=tokenizer.end)
+    written = decoding.generate(model, parameters, embeds, mask, GenerationConfig(3), tokenizer.end)
     texts = [tokenizer.decode(row) for row in np.asarray(written)]
     assert texts[0].startswith(" Paris")
     assert texts[1].startswith(" Wednesday")

@@ -46,13 +46,18 @@ def pad(rows: Sequence[Sequence[int]], length: int, fill: int) -> tuple[np.ndarr
 
 
 class CaptionTokenizer:
-    """BERT's WordPiece with [CLS] and [SEP]; [DEC], which starts a caption in ITG, is one past its vocabulary."""
+    """BERT's WordPiece with [CLS] and [SEP].
+
+    Attributes:
+      decoder_start: [DEC], which starts a caption in ITG; one past BERT's vocabulary where that does not know it.
+      end: [SEP], which ends a text.
+    """
 
     def __init__(self, directory: pathlib.Path):
         self._tokenizer = load_tokenizer(directory)
-        self._separator = self._tokenizer.token_to_id("[SEP]")
+        self.end = self._tokenizer.token_to_id("[SEP]")
         self._padding = self._tokenizer.token_to_id("[PAD]")
-        if self._separator is None or self._padding is None:
+        if self.end is None or self._padding is None:
             raise ValueError(f"{directory}: the tokenizer has no [SEP] or [PAD]; expected BERT's WordPiece")
         known = self._tokenizer.token_to_id("[DEC]")
         self.decoder_start = self._tokenizer.get_vocab_size() if known is None else known
@@ -60,12 +65,22 @@ class CaptionTokenizer:
     def __call__(self, texts: Sequence[str], length: int) -> tuple[np.ndarray, np.ndarray]:
         """int32[B, length] and bool[B, length]; a longer text loses its end, but not its [SEP]."""
         rows = [encoding.ids for encoding in self._tokenizer.encode_batch(list(texts))]
-        rows = [row if len(row) <= length else [*row[: length - 1], self._separator] for row in rows]
+        rows = [row if len(row) <= length else [*row[: length - 1], self.end] for row in rows]
         return pad(rows, length, self._padding)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of some tokens up to the first end, without special tokens."""
+        return self._tokenizer.decode(until(ids, self.end), skip_special_tokens=True)
 
     def token_text(self, token: int) -> str:
         """A token by itself, to be shown."""
         return "[DEC]" if token == self.decoder_start else _token_text(self._tokenizer, token)
+
+
+def until(ids: Sequence[int], end: int) -> list[int]:
+    """The tokens before the first `end`."""
+    ids = list(ids)
+    return ids[: ids.index(end)] if end in ids else ids
 
 
 def log_frequencies(ids: np.ndarray, mask: np.ndarray, vocab_size: int) -> np.ndarray:
@@ -131,10 +146,7 @@ class LanguageTokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of some tokens up to the first end, without special tokens."""
-        ids = list(ids)
-        if self.end in ids:
-            ids = ids[: ids.index(self.end)]
-        return self._tokenizer.decode(ids, skip_special_tokens=True)
+        return self._tokenizer.decode(until(ids, self.end), skip_special_tokens=True)
 
     def token_text(self, token: int) -> str:
         """A token by itself, to be shown."""

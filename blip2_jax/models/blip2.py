@@ -121,6 +121,10 @@ class ImageTextModel(nn.Module):
         """Image-grounded generation; see `QFormer.decode_text`."""
         return self.qformer.decode_text(cache, text_ids, text_mask, dropout_rows=dropout_rows)
 
+    def next_features(self, cache: QFormerCache, token_ids: jax.Array, position: jax.Array | int):
+        """The same, token by token; see `QFormer.decode_token`."""
+        return self.qformer.decode_token(cache, token_ids, position)
+
 
 class SoftPromptModel(nn.Module):
     """Stage 2: queries read the image and speak to the language model in its own embedding space."""

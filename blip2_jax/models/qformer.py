@@ -217,6 +217,20 @@ class QFormerCache(NamedTuple):
     groups: tuple[KeyValue, ...]
     tail: tuple[KeyValue, ...]
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and slots."""
+        return jax.tree.leaves(self)[0].shape[-4:-2]
+
+    def with_room(self, tokens: int) -> QFormerCache:
+        """The same with empty slots for so many more tokens behind what is there."""
+        return jax.tree.map(lambda x: jnp.pad(x, [(0, 0)] * (x.ndim - 3) + [(0, tokens), (0, 0), (0, 0)]), self)
+
+    def write(self, present: QFormerCache, slot: jax.Array | int) -> QFormerCache:
+        """The same with the keys and values of further tokens in the slots from `slot` on."""
+        place = lambda slots, new: jax.lax.dynamic_update_slice_in_dim(slots, new, slot, axis=slots.ndim - 3)
+        return jax.tree.map(place, self, present)
+
 
 class Transformer(nn.Module):
     """All layers: a scan over groups of `cross_attention_every` layers, and what is left over."""
@@ -302,14 +316,15 @@ class QFormer(nn.Module):
         x = jnp.broadcast_to(self.embeddings_norm(self.query_tokens), (batch, *self.query_tokens.shape[1:]))
         return self.embeddings_dropout(rows_of(batch).keep(x), dropout_rows)
 
-    def _embed_text(self, text_ids: jax.Array, dropout_rows: jax.Array | None) -> jax.Array:
+    def _embed_text(self, text_ids: jax.Array, dropout_rows: jax.Array | None, first: jax.Array | int = 0) -> jax.Array:
+        """Tokens, the first of them at position `first`, which must leave room for the others."""
         length = text_ids.shape[1]
         if length > self.config.max_positions:
             raise ValueError(
                 f"text of {length} tokens, but the Q-Former has {self.config.max_positions} positions: "
                 "shorten the text (max_text_tokens) or start from a BERT with more positions"
             )
-        x = self.word_embeddings(text_ids) + self.position_embeddings(jnp.arange(length))[None]
+        x = self.word_embeddings(text_ids) + self.position_embeddings(first + jnp.arange(length))[None]
         return self.embeddings_dropout(self.embeddings_norm(rows_of(len(x)).keep(x)), dropout_rows)
 
     def project_image(self, image_embeds: jax.Array) -> KeyValue:
@@ -360,3 +375,24 @@ class QFormer(nn.Module):
         (_, text), _ = self.transformer((None, text), mask, None, cache, dropout_rows)
         features, bias = self.lm_head(text)
         return features, self.word_embeddings.embedding, bias
+
+    def decode_token(
+        self, cache: QFormerCache, token_ids: jax.Array, position: jax.Array | int
+    ) -> tuple[jax.Array, jax.Array, jax.Array, QFormerCache]:
+        """One more token of such a text, of which the cache holds what stands before it.
+
+        Args:
+          cache: of the queries, `with_room` for the whole text.
+          token_ids: int[B].
+          position: of the token in its text, from 0.
+
+        Returns:
+          `decode_text` of this token, its features float[B, D], and the cache with the token.
+        """
+        text = self._embed_text(token_ids[:, None], None, position)
+        filled = self.config.queries + position
+        # Behind the slots, those not filled yet among them, attention finds the token itself.
+        mask = jnp.append(jnp.arange(cache.shape[1]) < filled, True)[None, None, None]
+        (_, text), present = self.transformer((None, text), mask, None, cache, None)
+        features, bias = self.lm_head(text)
+        return features[:, 0], self.word_embeddings.embedding, bias, cache.write(present, filled)

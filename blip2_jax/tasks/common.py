@@ -28,6 +28,7 @@ from blip2_jax.data.pipeline import Batch, Part, Pictures, Schema
 from blip2_jax.data.records import Record, Source
 from blip2_jax.data.sources import open_source
 from blip2_jax.data.text import CaptionTokenizer, clean_caption
+from blip2_jax.decoding import Draws, GenerationConfig
 from blip2_jax.evaluation.batches import in_batches
 from blip2_jax.models.blip2 import Blip2Config
 from blip2_jax.models.qformer import QFormer
@@ -124,6 +125,21 @@ class Task(abc.ABC):
     @abc.abstractmethod
     def evaluate(self, trainable: params.Tree, pictures: Pictures) -> tuple[dict[str, float], list[dict]]:
         """Metrics on all of `pictures`, by path, and samples for the report."""
+
+    @property
+    @abc.abstractmethod
+    def writes(self) -> bool:
+        """Whether captions can be written with what this task has learnt."""
+
+    @abc.abstractmethod
+    def captions(
+        self, trainable: params.Tree, image_embeds: jax.Array, config: GenerationConfig, draws: Sequence[Draws]
+    ) -> list[list[str]]:
+        """What the model writes about images float[B, P, D]: for each of them a caption a draw.
+
+        Raises:
+          ValueError: it does not write.
+        """
 
     def rows_in_step(self) -> int:
         """What a device's rows of a batch must be a multiple of."""

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from blip2_jax import compat, params
+from blip2_jax import compat, decoding, params
 from blip2_jax.checkpoints.bert import has_language_head
 from blip2_jax.data.mixture import parse_mixture
 from blip2_jax.data.pipeline import Batch, Part, Pictures, evaluation_batches
@@ -51,9 +51,13 @@ class Stage1(Task):
             )
         self.compat = compat.resolve(config.compat)
         self.model = ImageTextModel(self.blip2)
-        self._image_features = jax.jit(self._encode_images)
-        self._text_features = jax.jit(self._encode_texts)
-        self._match_logits = jax.jit(self._match)
+        # Of trainable parameters and images float[B, P, D], texts int32[B, T] with their masks, or pairs of them.
+        self.image_features = jax.jit(self._encode_images)
+        self.text_features = jax.jit(self._encode_texts)
+        self.match_logits = jax.jit(self._match)
+        self._read_images = jax.jit(self._read)
+        constants = ("config", "start_token", "end_token")
+        self._caption = jax.jit(functools.partial(decoding.caption, self.model), static_argnames=constants)
 
     def training_parts(self) -> list[Part]:
         return self.mixture(self.config.data.train, self.batches.prepare_caption)
@@ -126,7 +130,44 @@ class Stage1(Task):
     def value_and_gradients(self, trainable, frozen, batch, key):
         return self.objective.value_and_gradients(trainable, frozen, batch, key)
 
+    # Captions.
+
+    @property
+    def writes(self) -> bool:
+        return bool(self.config.objective.itg)
+
+    def _read(self, trainable, image_embeds):
+        read = lambda model, image: model.image_features(model.project_image(image)).cache
+        return self.model.apply({"params": trainable}, image_embeds.astype(jnp.float32), method=read)
+
+    def captions(self, trainable, image_embeds, config, draws):
+        if not self.writes:
+            raise ValueError("a stage 1 trained with objective.itg = 0 has not learnt to write captions")
+        cache, tokenizer = self._read_images(trainable, image_embeds), self.caption_tokenizer
+        write = lambda draw: self._caption(trainable, cache, config, tokenizer.decoder_start, tokenizer.end, draw)
+        written = [np.asarray(write(draw)) for draw in draws]
+        return [[tokenizer.decode(row) for row in rows] for rows in zip(*written, strict=True)]
+
     # Evaluation.
+
+    def pair_scores(
+        self, trainable: params.Tree, image_embeds: jax.Array, image_features: jax.Array, texts: Sequence[str]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """How well images and texts fit, pair by pair.
+
+        Args:
+          trainable: the parameters.
+          image_embeds: float[B, P, D].
+          image_features: float32[B, Q, E] of them, so that several texts an image need them once.
+          texts: B cleaned captions.
+
+        Returns:
+          Cosines of the best query float32[B], and ITM's logits of {no match, match} float32[B, 2].
+        """
+        ids, mask = self.caption_tokenizer(texts, self.config.data.max_text_tokens)
+        text_features = np.asarray(self.text_features(trainable, ids, mask))
+        cosines = np.einsum("bqe,be->bq", np.asarray(image_features), text_features).max(-1)
+        return cosines, np.asarray(self.match_logits(trainable, image_embeds, ids, mask))
 
     def read_image(self, model: ImageTextModel, image_embeds: jax.Array) -> jax.Array:
         return model.image_features(model.project_image(image_embeds)).features
@@ -148,7 +189,7 @@ class Stage1(Task):
         size = self.config.evaluation.batch_size
         examples, image_embeds, image_features, tokens = [], [], [], []
         for batch_examples, batch in evaluation_batches(pictures, self._evaluation_collate, size):
-            features = np.asarray(self._image_features(trainable, batch["image_embeds"]))
+            features = np.asarray(self.image_features(trainable, batch["image_embeds"]))
             real = len(batch_examples)
             examples += batch_examples
             image_embeds.append(batch["image_embeds"][:real])
@@ -158,7 +199,7 @@ class Stage1(Task):
         captions = [clean_caption(example["caption"], self.config.data.lower_case) for example in examples]
         gallery = retrieval.gallery(captions)
         ids, mask = (np.concatenate(parts)[gallery.first] for parts in zip(*tokens, strict=True))
-        encode = lambda ids, mask: self._text_features(trainable, ids, mask)
+        encode = lambda ids, mask: self.text_features(trainable, ids, mask)
         text_features = in_batches(encode, (ids, mask), size, "captions")
         scores = np.einsum("iqe,te->itq", features, text_features).max(-1)
         recalls = {"itc": retrieval.both_directions(scores, gallery.relevant)}
@@ -167,7 +208,7 @@ class Stage1(Task):
             temperature = float(trainable["temperature"])
 
             def judge(image: np.ndarray, text: np.ndarray) -> np.ndarray:
-                logits = np.asarray(self._match_logits(trainable, embeds[image], ids[text], mask[text]))
+                logits = np.asarray(self.match_logits(trainable, embeds[image], ids[text], mask[text]))
                 return retrieval.RULES[rule](logits, scores[image, text], temperature)
 
             image_scores = retrieval.rerank(scores, judge, top, size, "ITM, captions of an image")

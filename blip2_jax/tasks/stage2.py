@@ -17,6 +17,7 @@ from blip2_jax import compat, decoding, params
 from blip2_jax.checkpoints import frozen, language
 from blip2_jax.data.pipeline import Batch, Part, Pictures, evaluation_batches
 from blip2_jax.data.text import LanguageTokenizer, clean_caption
+from blip2_jax.decoding import Draws, GenerationConfig
 from blip2_jax.evaluation import captioning
 from blip2_jax.models.blip2 import SoftPromptModel
 from blip2_jax.models.language.t5 import T5
@@ -39,7 +40,7 @@ class Stage2(Task):
         self.compat = compat.resolve(config.compat)
         self._soft_prompt = jax.jit(self.soft_prompt)
         self._nats = jax.jit(self._count_nats)
-        self._generate = jax.jit(self._greedy, static_argnames="max_new_tokens")
+        self._write = jax.jit(self._write_tokens, static_argnames="config")
         if config.data.split_captions and not self.reads_apart:
             raise ValueError(
                 f"data.split_captions with a language model {self.parts['llm'].model_type!r}: only an encoder-decoder "
@@ -148,22 +149,21 @@ class Stage2(Task):
         """Whether this language model can be decoded from so far."""
         return not self.config.instruct and not self.reads_apart
 
-    def _greedy(self, language, soft_prompt, prompt_ids, prompt_mask, max_new_tokens: int):
+    def _write_tokens(self, language, soft_prompt, prompt_ids, prompt_mask, config, draws):
         model = self.language_model.bind({"params": language})
         image = self.objective.prefix(model, soft_prompt)
         prefix = jnp.concatenate([image, model.embed(prompt_ids)], axis=1)
         present = jnp.concatenate([jnp.ones(image.shape[:2], bool), prompt_mask], axis=1)
-        return decoding.greedy(
-            self.language_model,
-            language,
-            prefix,
-            present,
-            max_new_tokens=max_new_tokens,
-            end_token=self.tokenizer.end,
-        )
+        return decoding.generate(self.language_model, language, prefix, present, config, self.tokenizer.end, draws)
 
-    def generate(self, soft_prompt: np.ndarray, prompts: Sequence[str], max_new_tokens: int) -> list[str]:
-        """Greedy texts for soft prompts float[B, Q, D] and as many prompts.
+    def generate(
+        self,
+        soft_prompt: jax.Array | np.ndarray,
+        prompts: Sequence[str],
+        config: GenerationConfig,
+        draws: Draws | None = None,
+    ) -> list[str]:
+        """Texts for soft prompts float[B, Q, D] and as many prompts; without a temperature `draws` are not needed.
 
         Raises:
           ValueError: the language model is an encoder-decoder, or the Q-Former reads instructions.
@@ -173,8 +173,13 @@ class Stage2(Task):
             raise ValueError(f"{what}: import, export, inspection and training are there, generation not yet")
         length = max(len(self.tokenizer.encode_prompt(prompt)) for prompt in prompts)
         ids, mask = self.tokenizer.prompts(prompts, length)
-        tokens = self._generate(self._language, soft_prompt, ids, mask, max_new_tokens=max_new_tokens)
+        tokens = self._write(self._language, soft_prompt, ids, mask, config, draws)
         return [self.tokenizer.decode(row).strip() for row in np.asarray(tokens)]
+
+    def captions(self, trainable, image_embeds, config, draws):
+        soft_prompt, prompts = self._soft_prompt(trainable, image_embeds), [self.config.data.prompt] * len(image_embeds)
+        written = [self.generate(soft_prompt, prompts, config, draw) for draw in draws]
+        return [list(texts) for texts in zip(*written, strict=True)]
 
     def evaluate(self, trainable, pictures: Pictures) -> tuple[dict[str, float], list[dict]]:
         """Captions and answers by greedy decoding, and how much the loss rises with the wrong picture.
@@ -221,7 +226,7 @@ class Stage2(Task):
     def _write_all(self, soft_prompts: list[np.ndarray], count: int, prompt: str, tokens: int) -> list[str]:
         texts = []
         for part in progress(soft_prompts, desc=f"writing behind {prompt!r}", unit="batch", leave=False):
-            texts += self.generate(part, [prompt] * len(part), tokens)
+            texts += self.generate(part, [prompt] * len(part), GenerationConfig(tokens))
         return texts[:count]
 
     def _count_nats(self, language, soft_prompt, texts: Texts) -> tuple[jax.Array, jax.Array]:

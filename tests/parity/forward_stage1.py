@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from blip2_jax import decoding
 from blip2_jax.checkpoints import bert
 from blip2_jax.checkpoints.huggingface import without_prefix
 from blip2_jax.models.blip2 import ImageTextModel
@@ -212,6 +213,36 @@ def _reranked(case: Case, similarity: np.ndarray, encoder, built, trees, mesh) -
 
     by_image = scores(similarity, lambda row, column: (row, column))
     return {"retr_score_i2t": by_image, "retr_score_t2i": scores(similarity.T, lambda row, column: (column, row))}
+
+
+def captions(case: Case, mesh: Mesh | None) -> Quantities:
+    """What the Q-Former writes greedily. The original's lengths count [DEC], which its ids begin with."""
+    encoder, _, tower = golden.vit(case, prefix="visual_encoder.")
+    _, built = golden.stage1(case)
+    trees = {"vision": tower.parameters, "trainable": built.parameters}
+    tokens = case.architecture["qformer"]
+    found = {}
+    for name, recorded in case.meta["gen"].items():
+        if not isinstance(recorded, dict) or "captions" not in recorded or recorded["kw"]["num_beams"] > 1:
+            continue
+        limits = recorded["kw"]
+        config = decoding.GenerationConfig(limits["max_length"] - 1, limits["min_length"] - 1)
+
+        def write(trees, batch, config=config):
+            embeds = ViT(encoder).apply({"params": trees["vision"]}, batch["image"])
+            read = lambda model, embeds: model.image_features(model.project_image(embeds)).cache
+            cache = built.module.apply({"params": trees["trainable"]}, embeds, method=read)
+            constants = config, tokens["dec_id"], tokens["sep_id"]
+            return decoding.caption(built.module, trees["trainable"], cache, *constants)
+
+        ids = golden.run(write, trees, {"image": case.image("image")}, mesh)
+        recorded_ids = case.outputs[f"{name}.ids"]
+        start = np.full((len(ids), 1), tokens["dec_id"])
+        # The original fills rows up with [PAD] behind their end, and stops when all have ended.
+        ends = np.cumsum(np.pad(ids[:, :-1], ((0, 0), (1, 0))) == tokens["sep_id"], axis=1) > 0
+        padded = np.concatenate([start, np.where(ends, tokens["pad_id"], ids)], axis=1)
+        found[f"{name}.ids"] = padded[:, : recorded_ids.shape[1]]
+    return found
 
 
 def unit(x: jax.Array) -> jax.Array:

@@ -13,6 +13,7 @@ from tokenizers import Tokenizer
 
 from blip2_jax import ahead_of_time, tasks, trainer
 from blip2_jax.data.pipeline import check_batch
+from blip2_jax.decoding import GenerationConfig
 from blip2_jax.models.layers import causal_mask
 from blip2_jax.monitoring.metrics import read_metrics
 from tests import tiny
@@ -70,7 +71,8 @@ def test_the_text_is_the_likeliest_token_after_another(stage2):
     task, trainable, embeds = stage2
     soft_prompt = np.asarray(task.soft_prompt(trainable, embeds))
     prompts = ["A drawing of", "Question: category? Answer:", ""]
-    for row, (prompt, text) in enumerate(zip(prompts, task.generate(soft_prompt, prompts, 5), strict=True)):
+    texts = task.generate(soft_prompt, prompts, GenerationConfig(5))
+    for row, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
         ids = task.tokenizer.encode(prompt)
         for _ in range(5):
             ids.append(int(plain_logits(task, soft_prompt[row], ids)[-1].argmax()))
@@ -161,7 +163,7 @@ def test_an_encoder_decoder_and_instructions_train_and_are_not_decoded_yet(folde
     other = batch | {"instruction_ids": np.full_like(batch["instruction_ids"], 6)}
     assert not np.allclose(task.soft_prompt(trainable, embeds, batch), task.soft_prompt(trainable, embeds, other))
     with pytest.raises(ValueError, match=r"InstructBLIP: .* training are there, generation not yet"):
-        task.generate(np.zeros((1, 2, 20)), ["a"], 3)
+        task.generate(np.zeros((1, 2, 20)), ["a"], GenerationConfig(3))
 
 
 def _examples(task, count):

@@ -7,6 +7,7 @@ so is a row that no leaf needs: tables cannot silently fall behind the model.
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
@@ -88,6 +89,16 @@ def count(tree: Any) -> int:
 def size(tree: Any) -> int:
     """Bytes of all leaves."""
     return sum(int(np.prod(leaf.shape)) * np.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree))
+
+
+def sha256(tree: Tree) -> str:
+    """Of the path, shape, dtype and bytes of every leaf: the same for the same parameters, wherever they lie."""
+    digest = hashlib.sha256()
+    for path, leaf in sorted(flatten(tree).items()):
+        array = np.ascontiguousarray(leaf)
+        digest.update(f"{path} {array.shape} {array.dtype}\0".encode())
+        digest.update(array.view(np.uint8).data if array.size else b"")
+    return digest.hexdigest()
 
 
 def describe(tree: Tree, columns: Mapping[str, Tree]) -> str:

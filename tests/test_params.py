@@ -39,3 +39,14 @@ def test_count_size_and_description():
     text = params.describe(TREE, {"decays": params.resolve([(r".*", True)], TREE, "decay")})
     assert "qformer/layer/kernel  2x3" in text
     assert "10 parameters" in text
+
+
+def test_the_fingerprint_is_of_paths_shapes_and_values():
+    same = {"temperature": TREE["temperature"], "qformer": TREE["qformer"]}
+    assert params.sha256(same) == params.sha256(TREE)
+    changed = [
+        TREE | {"temperature": jnp.float32(0.08)},
+        TREE | {"qformer": {"layer": {"kernel": jnp.ones((3, 2)), "bias": jnp.ones(3)}}},
+        {"qformer": TREE["qformer"], "divisor": TREE["temperature"]},
+    ]
+    assert len({params.sha256(tree) for tree in [TREE, *changed]}) == 4

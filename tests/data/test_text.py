@@ -3,6 +3,7 @@
 import json
 import math
 
+import numpy as np
 import pytest
 
 from blip2_jax.data.text import CaptionTokenizer, LanguageTokenizer, clean_caption, log_frequencies, pad
@@ -37,6 +38,12 @@ def test_a_long_text_keeps_its_separator(caption):
     ids, mask = caption(["a red square of a blue circle"], 4)
     assert ids.tolist() == [[2, 5, 7, 3]]
     assert mask.all()
+
+
+def test_a_written_caption_ends_at_its_separator(caption):
+    assert caption.decode(np.asarray([5, 7, 13, caption.end, 9, 9])) == "a red square"
+    assert caption.decode([5, caption.decoder_start, 7]) == "a red"
+    assert caption.decode([caption.end]) == ""
 
 
 def test_frequencies_are_smoothed_shares(caption):

@@ -7,11 +7,12 @@ import jax.numpy as jnp
 
 from blip2_jax import decoding
 from blip2_jax.models import language
+from blip2_jax.models.blip2 import ImageTextModel
 from blip2_jax.models.language import decoder, llama, opt, t5
 from blip2_jax.models.language.decoder import Decoder
 from blip2_jax.models.language.t5 import T5, Encoded, RelativeBias
 from tests.shapes.lengths import B, F, H, K, L, M, N, S, T, U, V, d
-from tests.shapes.models import NUMBERS, keys
+from tests.shapes.models import BLIP2, CACHE, NUMBERS, keys
 from tests.shapes.promises import KEY, bfloat16, bool_, float32, int32, ran, traced
 
 LOW = {"dtype": jnp.bfloat16}
@@ -107,14 +108,28 @@ def parameters(model) -> dict:
     return jax.eval_shape(lambda key: model.init(key, tokens, method="initialize"), KEY)["params"]
 
 
+def image_text_parameters() -> dict:
+    """Of the model of stage 1, as far as captions need it, without values."""
+    method, ids = ImageTextModel.caption_features, jnp.zeros((B, T), jnp.int32)
+    init = lambda key, cache: ImageTextModel(BLIP2).init(key, cache, ids, ids > 0, method=method)
+    return jax.eval_shape(init, KEY, CACHE)["params"]
+
+
+DRAWN, DRAWS = decoding.GenerationConfig(U, 1, 0.5, 0.9, 3), decoding.Draws(KEY, NUMBERS)
+SHORT = decoding.GenerationConfig(T, 1, 0.5, 0.9, 3)
+
 DECODING = [
     traced(
-        decoding.greedy,
-        *(llama.Llama(LLAMA), parameters(llama.Llama(LLAMA)), WORDS, bool_[B, T]),
-        max_new_tokens=U,
-        end_token=2,
+        decoding.generate,
+        *(llama.Llama(LLAMA), parameters(llama.Llama(LLAMA)), WORDS, bool_[B, T], DRAWN, 2, DRAWS),
         gives=int32[B, U],
-    )
+    ),
+    traced(
+        decoding.caption,
+        *(ImageTextModel(BLIP2), image_text_parameters(), CACHE, SHORT, 1, 2, DRAWS),
+        gives=int32[B, T],
+    ),
+    traced(decoding.likeliest, float32[B, V], float32[B, V], 0.9, gives=bool_[B, V]),
 ]
 
 PROMISES = DECODERS + ENCODER_DECODERS + DECODING

@@ -36,6 +36,8 @@ CACHE = QFormerCache((keys(C - 1, B, Q, H, d),) * 2, (keys(B, Q, H, d),))
 QUERIES, WORDS = bfloat16[B, Q, D], bfloat16[B, T, D]
 BOTH, SEEN = (QUERIES, WORDS), bool_[B, 1, Q + T, Q + T]
 OF_BOTH, DECODED = keys(B, Q + T, H, d), (WORDS, float32[V, D], float32[V])
+ROOMY = QFormerCache((keys(C - 1, B, Q + T, H, d),) * 2, (keys(B, Q + T, H, d),))
+NEXT = bfloat16[B, D], float32[V, D], float32[V], ROOMY
 
 LAYERS = [
     traced(layers.RMSNorm.__call__, layers.RMSNorm(1e-6, jnp.bfloat16), float32[B, T, D], gives=WORDS),
@@ -93,6 +95,10 @@ QFORMERS = [
     traced(QFormer.encode_pair, QFormer(QFORMER), IMAGE, *TEXT, dropout_rows=NUMBERS, gives=BOTH),
     traced(QFormer.encode_pair, QFormer(QFORMER), keys(C, B // 2, P, H, d), *TEXT, dropout_rows=NUMBERS, gives=BOTH),
     traced(QFormer.decode_text, QFormer(QFORMER), CACHE, *TEXT, dropout_rows=NUMBERS, gives=DECODED),
+    ran(QFormerCache.shape.fget, CACHE, gives=(int, int)),
+    traced(QFormerCache.with_room, CACHE, T, gives=ROOMY),
+    traced(QFormerCache.write, ROOMY, CACHE, int32[()], gives=ROOMY),
+    traced(QFormer.decode_token, QFormer(QFORMER), ROOMY, int32[B], int32[()], gives=NEXT),
 ]
 
 STAGES = [
@@ -107,6 +113,7 @@ STAGES = [
     traced(ImageTextModel.text_features, ImageTextModel(BLIP2), *TEXT, dropout_rows=NUMBERS, gives=float32[B, E]),
     traced(ImageTextModel.match, ImageTextModel(BLIP2), IMAGE, *TEXT, dropout_rows=NUMBERS, gives=float32[B, 2]),
     traced(ImageTextModel.caption_features, ImageTextModel(BLIP2), CACHE, *TEXT, dropout_rows=NUMBERS, gives=DECODED),
+    traced(ImageTextModel.next_features, ImageTextModel(BLIP2), ROOMY, int32[B], int32[()], gives=NEXT),
     traced(SoftPromptModel.__call__, SoftPromptModel(BLIP2, M), float32[B, P, W], gives=bfloat16[B, Q, M]),
     traced(
         SoftPromptModel.__call__,

@@ -9,6 +9,7 @@ import numpy as np
 
 from blip2_jax import params, tasks
 from blip2_jax.checkpoints import store
+from blip2_jax.decoding import Draws, GenerationConfig
 from blip2_jax.evaluation import attention
 from blip2_jax.tasks.common import Task
 from blip2_jax.tasks.stage1 import Stage1
@@ -55,6 +56,7 @@ FIRST, SECOND = STAGE1.then(initialized), STAGE2.then(initialized)
 SOURCE, CHECKPOINT = Late(lambda folder: f"jsonl:{folder / 'pictures' / 'pictures.jsonl'}"), Late(saved)
 SHOWN = STAGE1.then(lambda task: task.pictures(task.config.data.eval, training=False))
 RNG = Late(lambda _: jax.random.key(0))
+DRAWN, DRAWS = GenerationConfig(4, temperature=1.0), Late(lambda _: Draws(jax.random.key(0), np.arange(B)))
 
 
 def leaves(*paths: str):
@@ -138,6 +140,12 @@ FIRST_STAGE = [
         on=HERE,
         gives=float32[B, Q, E],
     ),
+    ran(
+        Stage1.pair_scores,
+        *(STAGE1, FIRST, float32[B, P, W], float32[B, Q, E], ["a red square"] * B),
+        gives=(float32[B], float32[B, 2]),
+    ),
+    ran(Stage1.captions, STAGE1, FIRST, float32[B, P, W], DRAWN, [DRAWS] * 2, gives=[[str] * 2] * B),
     ran(Stage1.evaluate, STAGE1, FIRST, SHOWN, then=lambda found: found[0], gives=RECALLED),
 ]
 
@@ -164,7 +172,8 @@ SECOND_STAGE = [
         gives=float32[B, Q, M],
     ),
     traced(Stage2.soft_prompt, STAGE2, SECOND.then(kinds), float32[B, P, W], on=HERE, gives=float32[B, Q, M]),
-    ran(Stage2.generate, STAGE2, float32[3, Q, M], ["a"] * 3, 4, gives=[str] * 3),
+    ran(Stage2.generate, STAGE2, float32[3, Q, M], ["a"] * 3, GenerationConfig(4), gives=[str] * 3),
+    ran(Stage2.captions, STAGE2, SECOND, float32[B, P, W], DRAWN, [DRAWS] * 2, gives=[[str] * 2] * B),
     ran(Stage2.evaluate, STAGE2, SECOND, SHOWN, then=lambda found: found[0], gives=WRITTEN),
 ]
 

@@ -32,6 +32,7 @@ PATHS = [
     traced(params.count, PARAMETERS, gives=int),
     traced(params.size, PARAMETERS, gives=int),
     traced(params.describe, PARAMETERS, {}, gives=str),
+    ran(params.sha256, PARAMETERS, gives=str),
 ]
 
 OPTIMIZER = [

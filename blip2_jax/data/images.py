@@ -7,7 +7,6 @@ vector instructions. Nothing here holds Python's global lock for long, so thread
 from __future__ import annotations
 
 import math
-import pathlib
 import warnings
 from typing import NamedTuple
 
@@ -104,11 +103,6 @@ class Picture:
         else:
             pixels, reduction = self._pixels, 1
         return resample(pixels, tuple(number / reduction for number in box), size)
-
-
-def check_image(file: pathlib.Path) -> None:
-    """Raise BadRecord if a file is no picture, as far as its header tells."""
-    Picture(file.read_bytes(), str(file))
 
 
 def decode(encoded: bytes, where: str = "image", limits: Limits = LENIENT) -> Picture:

@@ -29,8 +29,8 @@ from tests.benchmarks.photos import folder_of_photos
 from tests.benchmarks.tables import markdown
 
 SIZE, MIN_SCALE, BATCH = 224, 0.5, 128
-BEFORE = 5  # Batches a worker that may have been made before a block and are not counted.
 PAUSE = 2  # Seconds in which the loader before fills its buffers.
+LEAST = 8  # Batches of a block, however long they take.
 OURS_THREADS, OURS_PROCESSES = "blip2_jax, threads", "blip2_jax, processes"
 TORCH, TORCH_FLOAT = "torch, uint8", "torch, float32"
 
@@ -79,12 +79,12 @@ class Rates:
     core: list[float] = dataclasses.field(default_factory=list)
 
     def measure(self, batches: Iterator[Any], before: int, seconds: float) -> None:
-        """One block, after so many batches."""
+        """One block, after the batches that may have been made before it."""
         time.sleep(PAUSE)
         for _ in range(before):
             next(batches)
         images, start, used = 0, time.perf_counter(), processor_seconds()
-        while time.perf_counter() - start < seconds:
+        while time.perf_counter() - start < seconds or images < LEAST * BATCH:
             next(batches)
             images += BATCH
         self.wall.append(images / (time.perf_counter() - start))
@@ -129,18 +129,19 @@ def main() -> None:
 
     folder = folder_of_photos(options.photos)
     torch_batches = lambda floats: torch_photos.batches(folder, SIZE, MIN_SCALE, floats, BATCH, options.workers)
-    loaders = {
-        OURS_THREADS: ours(folder, threads=options.workers, workers=0),
-        OURS_PROCESSES: ours(folder, threads=1, workers=options.workers),
-        TORCH: torch_batches(False),
-        TORCH_FLOAT: torch_batches(True),
+    count = options.workers
+    loaders = {  # With the batches, a worker, that it makes ahead.
+        OURS_THREADS: (ours(folder, threads=count, workers=0), 3),
+        OURS_PROCESSES: (ours(folder, threads=1, workers=count), 8),
+        TORCH: (torch_batches(False), 3),
+        TORCH_FLOAT: (torch_batches(True), 3),
     }
     rates = {name: Rates() for name in loaders}
     for block in range(options.blocks):
-        for name, batches in loaders.items():
-            rates[name].measure(batches, BEFORE * options.workers, options.seconds)
+        for name, (batches, ahead) in loaders.items():
+            rates[name].measure(batches, ahead * count, options.seconds)
             print(f"block {block + 1}, {name}: {rates[name].wall[-1]:,.0f} images/s", flush=True)
-    print(f"\n{options.workers} workers, {os.cpu_count()} cores\n\n{comparison(rates)}\n")
+    print(f"\n{count} workers, {os.cpu_count()} cores\n\n{comparison(rates)}\n")
     print(projection(rates, options.rate, options.chips))
 
 

@@ -1,5 +1,6 @@
 """Pictures: those that cannot be used are told apart, the others come out as Pillow and torchvision would have them."""
 
+import concurrent.futures
 import io
 import struct
 import zlib
@@ -246,6 +247,17 @@ def test_a_crop_is_a_function_of_the_generator():
     crop = lambda seed: images.random_resized_crop(picture, 16, np.random.default_rng(seed), 0.5, True)
     np.testing.assert_array_equal(crop(3), crop(3))
     assert (crop(3) != crop(4)).any()
+
+
+def test_threads_do_not_disturb_one_another():
+    encoded = [encode(photo(200 + seed, 150, seed), name) for seed in range(8) for name in ("JPEG", "PNG")]
+
+    def crop(number):
+        rng = np.random.default_rng(number)
+        return images.random_resized_crop(images.Picture(encoded[number % 16]), 32, rng, 0.5, True)
+
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        np.testing.assert_array_equal(list(pool.map(crop, range(160))), [crop(number) for number in range(160)])
 
 
 def test_crops_are_distributed_as_torchvisions():

@@ -140,10 +140,9 @@ class CapFilt:
         count = self.settings.captions
         if not count:
             return [[] for _ in indices]
-        captioner, judge = self.captioner, self.judge
-        size = captioner.task.config.image_size
-        if _sight(captioner.task) != _sight(judge.task):
-            embeds = captioner.task.encode(images[size])
+        captioner = self.captioner
+        if _sight(captioner.task) != _sight(self.judge.task):
+            embeds = captioner.task.encode(images[captioner.task.config.image_size])
         rows = np.resize(np.asarray(indices, np.uint32), self.batch_size)
         # A caption is a function of the seed, its number and its image's place in the source.
         key = jax.random.key(self.settings.seed)
@@ -156,12 +155,9 @@ class CapFilt:
         ]
 
     def _score(self, embeds, candidates: Sequence[Sequence[Candidate]]) -> list[list[dict[str, float]]]:
-        """Scores by every rule: first each image with its first caption, then each with its second, and so on."""
-        judge = self.judge
-        features, temperature = (
-            judge.task.image_features(judge.trainable, embeds),
-            float(judge.trainable["temperature"]),
-        )
+        """By every rule: each image with its first caption, then each with its second, so that none has to move."""
+        judge, temperature = self.judge, float(self.judge.trainable["temperature"])
+        features = judge.task.image_features(judge.trainable, embeds)
         scores: list[list[dict[str, float]]] = [[] for _ in candidates]
         for number in range(max(map(len, candidates))):
             texts = [found[number].clean if number < len(found) else "" for found in candidates]

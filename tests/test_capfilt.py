@@ -16,6 +16,7 @@ from blip2_jax.data.sources import open_source
 from blip2_jax.data.text import clean_caption
 from blip2_jax.decoding import Draws, GenerationConfig
 from blip2_jax.parallel.mesh import make_mesh
+from tests import tiny
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 GENERATION = GenerationConfig(6, min_new_tokens=1, temperature=1.0, top_p=0.9)
@@ -32,7 +33,8 @@ def read(folder):
 
 
 @pytest.fixture(scope="module")
-def source(folder, stage1):
+def source(folder):
+    tiny.recipe("stage1", folder)  # Makes the pictures.
     return f"jsonl:{folder / 'pictures' / 'pictures.jsonl'}"
 
 
@@ -232,6 +234,21 @@ def test_what_cannot_be_used_is_counted(source, stage1):
     assert [len(record["captions"]) for record in records] == [1, 1]
     expected = {"images_read": 5, "images_kept": 2, "images_dropped": 2, "original_kept": 2, "rejected_truncated": 1}
     assert counts == expected
+
+
+def test_no_more_is_read_than_the_next_batch(source):
+    known, asked = open_source(source), []
+
+    class Endless(Damaged):
+        def __getitem__(self, index):
+            asked.append(index)
+            return known[0]
+
+    batches = bootstrapping._read_ahead(Endless(known), range(10**9), {8}, 4)
+    assert [looked[0] for looked in next(batches)] == [0, 1, 2, 3]
+    assert [looked[0] for looked in next(batches)] == [4, 5, 6, 7]
+    assert len(asked) <= 12
+    batches.close()
 
 
 def test_the_command_tells_what_it_did(source, stage1, tmp_path, capsys):

@@ -112,7 +112,7 @@ def _identity(trained: Trained) -> dict[str, Any]:
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--source", required=True, help="of images, with captions or without, such as folder:DIR")
+    parser.add_argument("--source", required=True, help="of images, such as folder:DIR")
     parser.add_argument("--output", required=True, type=pathlib.Path, help="folder of the new corpus")
     parser.add_argument("--captioner", help="workdir or checkpoint of stage 1 or 2 that writes captions")
     parser.add_argument("--filter", required=True, help="workdir or checkpoint of stage 1 that scores captions")

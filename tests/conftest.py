@@ -88,6 +88,12 @@ def own_cache(folder, monkeypatch):
     monkeypatch.setenv("BLIP2_JAX_CACHE", str(folder / "cache"))
 
 
+@pytest.fixture(scope="session")
+def t5(folder):
+    """The source string of an encoder-decoder."""
+    return f"hf:{tiny.t5(folder / 't5')}"
+
+
 def _train(folder, stage, **changes):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("BLIP2_JAX_CACHE", str(folder / "cache"))

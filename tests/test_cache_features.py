@@ -22,7 +22,7 @@ def recipe(folder, tmp_path):
     """Pictures as they are, so that all views are one."""
     tiny.recipe("stage1", folder)  # Makes the models.
     plain = {"vision": f"hf:{folder / 'vit'}", "image_size": 32, "data.min_crop_scale": 1.0, "data.eval": ""}
-    own = {"log_every": 1, "total_steps": 4}
+    own = {"log_every": 1, "total_steps": 3, "checkpoint_every": 100, "model.layers": 2, "model.unroll": 1}
     return lambda **changes: tiny.recipe("stage1", folder, **(plain | own | changes))
 
 
@@ -30,7 +30,7 @@ def test_tokens_train_as_the_encoder_does(recipe, own_cache, tmp_path, monkeypat
     live = losses(recipe(**{"data.feature_views": 0}), tmp_path / "live")
     cached = {"data.feature_views": 1, "data.features": str(tmp_path / "tokens")}
     found = {}
-    for dtype in ("float32", "bfloat16", "float8"):
+    for dtype in ("float32", "bfloat16"):
         config = recipe(**cached, **{"data.feature_dtype": dtype})
         cache_features.run(config)
         with monkeypatch.context() as patch:
@@ -38,7 +38,6 @@ def test_tokens_train_as_the_encoder_does(recipe, own_cache, tmp_path, monkeypat
             found[dtype] = losses(config, tmp_path / dtype)
     np.testing.assert_allclose(found["float32"], live, rtol=1e-5)
     np.testing.assert_allclose(found["bfloat16"], live, rtol=1e-2)
-    np.testing.assert_allclose(found["float8"], live, rtol=5e-2)
     assert found["bfloat16"] != found["float32"]
 
 

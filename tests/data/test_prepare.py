@@ -261,14 +261,14 @@ def test_a_broken_disk_is_no_bad_record(source, tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory):
-    """A source that takes a second."""
+    """A source that takes seconds."""
     pictures = [encode((1200, 900), seed=seed) for seed in range(4)]
-    made = ({"key": str(i), "image": pictures[i % 4], "captions": [f"picture {i}"]} for i in range(96))
+    made = ({"key": str(i), "image": pictures[i % 4], "captions": [f"picture {i}"]} for i in range(384))
     return source_of(made, tmp_path_factory.mktemp("large"))
 
 
 def start(source, folder):
-    arguments = ["--source", source, "--output", str(folder), "--shards", "24", "--shuffle", "--workers", "1"]
+    arguments = ["--source", source, "--output", str(folder), "--shards", "96", "--shuffle", "--workers", "1"]
     process = subprocess.Popen(
         [sys.executable, "-m", "blip2_jax.data", "prepare", *arguments], stderr=subprocess.PIPE, text=True
     )
@@ -292,7 +292,7 @@ def test_a_stopped_command_leaves_nothing_half_written(large, tmp_path, number):
     assert process.returncode == 130
     assert said.endswith("stopped; the same command goes on from here\n")
     assert partial_files(tmp_path / "out") == []
-    assert 2 <= len(list((tmp_path / "out").glob("0*.json"))) < 24
+    assert 2 <= len(list((tmp_path / "out").glob("0*.json"))) < 96
 
 
 def test_a_killed_command_goes_on_and_ends_with_the_same_files(large, tmp_path):
@@ -307,11 +307,11 @@ def test_a_killed_command_goes_on_and_ends_with_the_same_files(large, tmp_path):
         time.sleep(0.05)
     assert partial_files(folder) == []
     done = {name: time for name, time in times(folder).items() if name.endswith(".json")}
-    assert 2 <= len(done) < 24
-    (folder / "00023-of-00024.arrayrecord.partial-1").write_bytes(b"of a machine that lost its power")
-    write(large, folder, 24, shuffle=0)
+    assert 2 <= len(done) < 96
+    (folder / "00095-of-00096.arrayrecord.partial-1").write_bytes(b"of a machine that lost its power")
+    write(large, folder, 96, shuffle=0)
     assert done.items() <= times(folder).items()
-    whole, _ = write(large, tmp_path / "whole" / "out", 24, shuffle=0)
+    whole, _ = write(large, tmp_path / "whole" / "out", 96, shuffle=0)
     assert contents(folder) == contents(whole.folder)
 
 

@@ -109,10 +109,8 @@ def test_stage_2_says_what_is_read_and_what_has_loss(folder, no_weights):
         assert kinds in (["soft", "read", "predicted", "padding"], ["soft", "read", "predicted"])
 
 
-def test_an_encoder_decoder_reads_apart(folder, no_weights):
-    if not (folder / "t5").exists():
-        tiny.t5(folder / "t5")
-    changes = {"llm": f"hf:{folder / 't5'}", "data.begin": "", "data.end": "", "data.feature_views": 0}
+def test_an_encoder_decoder_reads_apart(folder, t5, no_weights):
+    changes = {"llm": t5, "data.begin": "", "data.end": "", "data.feature_views": 0}
     changes["data.max_text_tokens"] = 20
     _, (shown,) = preview.look(tiny.recipe("stage2", folder, **changes), 1, 128)
     for row in shown.rows:

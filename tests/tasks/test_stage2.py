@@ -79,11 +79,6 @@ def test_the_text_is_the_likeliest_token_after_another(stage2):
         assert task.tokenizer.decode(ids[len(ids) - 5 :]).strip() == text
 
 
-@pytest.fixture(scope="module")
-def t5(folder):
-    return f"hf:{tiny.t5(folder / 't5')}"
-
-
 BARE = {"init": "scratch", "data.begin": "", "data.prompt": "", "data.end": ""}
 
 

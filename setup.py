@@ -13,7 +13,7 @@ REQUIREMENTS = [
     # Its wheels leave out Linux on ARM, where Pillow takes its place.
     "cykooz-resizer>=4.0.1; sys_platform != 'linux' or platform_machine == 'x86_64'",
     "flax>=0.12.4",
-    "fsspec>=2026.9",
+    "fsspec>=2025.3",
     "gguf>=0.17.1",
     "grain>=0.2.15",
     "huggingface_hub>=1.3",

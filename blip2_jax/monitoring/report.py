@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import html
 import json
 import math
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from blip2_jax import files
+from blip2_jax.data.records import BadRecord
 from blip2_jax.data.sources import open_source
 from blip2_jax.monitoring.metrics import read_metrics
 
@@ -36,15 +38,15 @@ class Images:
     """Pictures of sources as inline images, by key."""
 
     def __init__(self, names: Sequence[str]):
-        self._records = {}
-        for name in names:
-            source = open_source(name)
+        self._sources = {name: open_source(name) for name in names}
+        self._places = {}
+        for name, source in self._sources.items():
             for index in range(len(source)):
-                record = source[index]
-                self._records[name, record["key"]] = record["image"]
+                with contextlib.suppress(BadRecord):  # What cannot be used is not shown.
+                    self._places[name, source[index]["key"]] = index
 
     def tag(self, name: str, key: str, attributes: str = "") -> str:
-        return inline_image(self._records[name, key], attributes)
+        return inline_image(self._sources[name][self._places[name, key]]["image"], attributes)
 
 
 def inline_image(encoded: bytes, attributes: str = "") -> str:

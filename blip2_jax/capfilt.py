@@ -24,7 +24,7 @@ from typing import Any
 import msgpack
 from jax.sharding import Mesh
 
-from blip2_jax import files, params
+from blip2_jax import files
 from blip2_jax.bootstrapping import RULES, CapFilt, Settings, Trained, open_trained
 from blip2_jax.data.records import Record, Source
 from blip2_jax.data.shards import shard_file, shard_range, write_shard
@@ -40,11 +40,10 @@ def refuse_other_corpus(file: pathlib.Path, facts: dict[str, Any]) -> None:
     """Raise ValueError if a corpus.json tells of another corpus than `facts`."""
     if not file.exists():
         return
-    known, new = params.flatten(json.loads(file.read_text())), params.flatten(facts)
-    names = sorted(name for name in known.keys() | new.keys() if not name.startswith(("where/", "counts/")))
-    changed = [name for name in names if known.get(name) != new.get(name)]
-    if changed:
-        lines = [f"  {name}: {known.get(name)!r} there, {new.get(name)!r} asked for" for name in changed]
+    # Where the same things are to be found may change.
+    same = lambda content: {name: value for name, value in content.items() if name not in ("where", "counts")}
+    lines = files.differences(same(json.loads(file.read_text())), same(facts))
+    if lines:
         raise ValueError(
             f"{file.parent} holds another corpus:\n" + "\n".join(lines) + "\nChoose another --output, or give the "
             "command the settings it was started with."

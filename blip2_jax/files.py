@@ -8,7 +8,7 @@ import json
 import os
 import pathlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 
@@ -33,6 +33,18 @@ def write_text(file: pathlib.Path, text: str) -> None:
 def write_json(file: pathlib.Path, content: Any) -> None:
     """`write_text` of indented JSON with sorted keys."""
     write_text(file, json.dumps(content, indent=1, sort_keys=True) + "\n")
+
+
+def differences(known: Mapping[str, Any], asked: Mapping[str, Any], path: str = "") -> list[str]:
+    """What a folder was made with and what is asked for now, a line for each setting that differs."""
+    lines = []
+    for name in known | asked:
+        there, now = known.get(name), asked.get(name)
+        if isinstance(there, Mapping) and isinstance(now, Mapping):
+            lines += differences(there, now, f"{path}{name}/")
+        elif there != now:
+            lines.append(f"  {path}{name}: {there!r} there, {now!r} asked for")
+    return lines
 
 
 def require_room(directory: pathlib.Path, size: int, what: str, mend: str) -> None:

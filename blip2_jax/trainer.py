@@ -33,10 +33,8 @@ def refuse_other_configuration(workdir: pathlib.Path, resolved: dict) -> None:
     """Raise ValueError if the workdir belongs to a run of another configuration."""
     if not (workdir / "config.json").exists():
         return
-    known, new = params.flatten(read_config(workdir)), params.flatten(resolved)
-    changed = [name for name in sorted(known.keys() | new.keys()) if known.get(name) != new.get(name)]
-    if changed:
-        lines = [f"  {name}: {known.get(name)!r} there, {new.get(name)!r} asked for" for name in changed]
+    lines = files.differences(read_config(workdir), resolved)
+    if lines:
         raise ValueError(
             f"{workdir} belongs to a run of another configuration:\n"
             + "\n".join(lines)

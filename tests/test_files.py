@@ -53,3 +53,26 @@ def test_a_full_disk_is_called_by_its_name(tmp_path, error):
 def test_other_troubles_keep_their_name(tmp_path):
     with pytest.raises(ValueError, match=r"^another trouble$"), files.clear_about_full_disk(tmp_path, "buy another"):
         raise ValueError("another trouble")
+
+
+def test_differences_between_what_is_there_and_what_is_asked_for():
+    known = {"a": 1, "b": {"c": [1, 2], "d": None}, "e": {"f": 1}}
+    asked = {"a": 1, "b": {"c": [1, 3]}, "e": None, "g": "new"}
+    assert files.differences(known, known) == []
+    assert files.differences(known, asked) == [
+        "  b/c: [1, 2] there, [1, 3] asked for",
+        "  e: {'f': 1} there, None asked for",
+        "  g: None there, 'new' asked for",
+    ]
+
+
+def test_a_file_takes_the_place_of_another_only_when_all_went_well(tmp_path):
+    file = tmp_path / "deep" / "file"
+    with files.replacing(file) as partial:
+        partial.write_text("first")
+        assert not file.exists()
+    with pytest.raises(RuntimeError), files.replacing(file) as partial:
+        partial.write_text("second")
+        raise RuntimeError
+    assert file.read_text() == "first"
+    assert list(file.parent.iterdir()) == [file]

@@ -22,8 +22,7 @@ import os
 import pathlib
 import platform
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
 
 from blip2_jax import files
 from blip2_jax.data import contact_sheet, shards
@@ -106,13 +105,11 @@ class Corpus:
             return
         try:
             known = json.loads(file.read_text(encoding="utf-8"))["plan"]
-            there, asked = dict(_settings(known)), dict(_settings(planned))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            # Where the same records are to be found may change.
+            lines = files.differences(known | {"source": self.plan.source}, planned)
+        except (ValueError, KeyError, TypeError) as error:
             raise FileExistsError(f"{file} is not a plan of this command: name a folder that is not there") from error
-        # Where the same records are to be found may change.
-        changed = [name for name in asked | there if name != "source" and there.get(name) != asked.get(name)]
-        if changed:
-            lines = [f"  {name}: {there.get(name)!r} there, {asked.get(name)!r} asked for" for name in changed]
+        if lines:
             raise ValueError(
                 f"{self.folder} holds a corpus of another plan:\n"
                 + "\n".join(lines)
@@ -198,15 +195,6 @@ class Corpus:
             | {"python": platform.python_version()},
         }
         files.write_json(self.folder / "corpus.json", provenance | totals)
-
-
-def _settings(plan: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Names and values, also of settings inside of settings."""
-    for name, value in plan.items():
-        if isinstance(value, dict):
-            yield from _settings(value, f"{name}.")
-        else:
-            yield prefix + name, value
 
 
 @contextlib.contextmanager

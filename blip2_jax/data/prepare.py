@@ -23,7 +23,7 @@ from PIL import Image
 from blip2_jax import files
 from blip2_jax.data import shards
 from blip2_jax.data.filters import Filters
-from blip2_jax.data.images import Limits, Picture
+from blip2_jax.data.images import LENIENT, Picture
 from blip2_jax.data.records import BadRecord, Record, Source
 from blip2_jax.data.sources import open_source
 from blip2_jax.data.statistics import Statistics
@@ -111,7 +111,7 @@ def process(record: Record, settings: Settings, statistics: Statistics) -> Recor
     Raises:
       BadRecord: its image or its captions cannot be used, or do not pass the filters.
     """
-    limits = Limits() if settings.filters is None else settings.filters.limits
+    limits = LENIENT if settings.filters is None else settings.filters.limits
     if settings.filters and ("question" not in record or record.get("captions")):
         record = record | {"captions": settings.filters.captions(record)}
     picture = Picture(record["image"], record["key"], limits)

@@ -148,7 +148,7 @@ def _shown(task: Task, batch: Batch, examples: Sequence[Record], rejects: list[d
     rows = [
         Row(
             pixels[number],
-            example["caption"],
+            example.get("caption") or example["question"],
             example["source"],
             example["key"],
             own,
@@ -178,6 +178,8 @@ def _facts(task: Task, parts: Sequence[Part]) -> dict[str, str]:
         share = f"{100 * part.share:.3g} % of the rows, {len(part.pictures.source):,} records"
         facts[f"source {number}" if len(parts) > 1 else "source"] = f"{part.pictures.name}: {share}"
     facts["text"] = f"at most {data.max_text_tokens} tokens, {'lower case' if data.lower_case else 'case kept'}"
+    kept = {**data.filters, "scripts": data.filters.scripts or "any"}
+    facts["filters"] = ", ".join(f"{name} {value}" for name, value in kept.items())
     if isinstance(task, Stage2):
         facts["prompts"] = ", ".join(map(repr, task.batches.prompts))
     names = {"vision": "image encoder", "bert": "BERT", "llm": "language model"}

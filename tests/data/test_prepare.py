@@ -5,6 +5,7 @@ import fcntl
 import io
 import json
 import os
+import pathlib
 import re
 import signal
 import subprocess
@@ -260,24 +261,21 @@ def test_a_broken_disk_is_no_bad_record(source, tmp_path, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def large(tmp_path_factory):
-    """A source that takes seconds."""
-    pictures = [encode((1200, 900), seed=seed) for seed in range(4)]
-    made = ({"key": str(i), "image": pictures[i % 4], "captions": [f"picture {i}"]} for i in range(384))
-    return source_of(made, tmp_path_factory.mktemp("large"))
+def long(tmp_path_factory):
+    """The name of a source of 48 records."""
+    made = (a_record(number % 10) | {"key": f"r{number}"} for number in range(48))
+    return source_of(made, tmp_path_factory.mktemp("long"))
 
 
 def start(source, folder):
-    arguments = ["--source", source, "--output", str(folder), "--shards", "96", "--shuffle", "--workers", "1"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "blip2_jax.data", "prepare", *arguments], stderr=subprocess.PIPE, text=True
-    )
-    for _ in range(6000):
-        if len(list(folder.glob("0*.json"))) >= 2:
-            return process
+    """The command, when it has written two of 24 shards; it needs two seconds more."""
+    arguments = ["--source", source, "--output", str(folder), "--shards", "24", "--shuffle", "--workers", "1"]
+    command = [sys.executable, "-m", "tests.slowly", "prepare", *arguments]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=pathlib.Path(__file__).parents[2])
+    while len(list(folder.glob("0*.json"))) < 2:
+        assert process.poll() is None, process.stderr.read()
         time.sleep(0.01)
-    process.kill()
-    raise AssertionError(f"nothing was written in a minute: {process.stderr.read()}")
+    return process
 
 
 def partial_files(folder):
@@ -285,19 +283,19 @@ def partial_files(folder):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_stopped_command_leaves_nothing_half_written(large, tmp_path, number):
-    process = start(large, tmp_path / "out")
+def test_a_stopped_command_leaves_nothing_half_written(long, tmp_path, number):
+    process = start(long, tmp_path / "out")
     process.send_signal(number)
     said = process.communicate(timeout=60)[1]
     assert process.returncode == 130
     assert said.endswith("stopped; the same command goes on from here\n")
     assert partial_files(tmp_path / "out") == []
-    assert 2 <= len(list((tmp_path / "out").glob("0*.json"))) < 96
+    assert 2 <= len(list((tmp_path / "out").glob("0*.json"))) < 24
 
 
-def test_a_killed_command_goes_on_and_ends_with_the_same_files(large, tmp_path):
+def test_a_killed_command_goes_on_and_ends_with_the_same_files(long, tmp_path):
     folder = tmp_path / "out"
-    process = start(large, folder)
+    process = start(long, folder)
     process.kill()
     process.communicate()
     # Workers that have lost the process which started them stop at the next record.
@@ -307,11 +305,11 @@ def test_a_killed_command_goes_on_and_ends_with_the_same_files(large, tmp_path):
         time.sleep(0.05)
     assert partial_files(folder) == []
     done = {name: time for name, time in times(folder).items() if name.endswith(".json")}
-    assert 2 <= len(done) < 96
-    (folder / "00095-of-00096.arrayrecord.partial-1").write_bytes(b"of a machine that lost its power")
-    write(large, folder, 96, shuffle=0)
+    assert 2 <= len(done) < 24
+    (folder / "00023-of-00024.arrayrecord.partial-1").write_bytes(b"of a machine that lost its power")
+    write(long, folder, 24, shuffle=0)
     assert done.items() <= times(folder).items()
-    whole, _ = write(large, tmp_path / "whole" / "out", 96, shuffle=0)
+    whole, _ = write(long, tmp_path / "whole" / "out", 24, shuffle=0)
     assert contents(folder) == contents(whole.folder)
 
 

@@ -243,7 +243,9 @@ def _equation(equation: Any, used: Sequence[bool]) -> float:
         return _product(equation)
     times = 1.0
     if name == "scan":
-        times, used = settings["length"], [True] * settings["num_carry"] + list(used[settings["num_carry"] :])
+        # What is carried from round to round is needed in each; only the other outputs are stacked.
+        carried = [out.aval.ndim == own.aval.ndim for out, own in zip(equation.outvars, inner[0].outvars, strict=True)]
+        times, used = settings["length"], [any(both) for both in zip(used, carried, strict=True)]
     elif name == "shard_map":
         axes = settings.get("newly_manual_axes", settings.get("manual_axes"))  # By version of jax.
         times = float(np.prod([settings["mesh"].shape[axis] for axis in axes]))

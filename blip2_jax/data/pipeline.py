@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import multiprocessing
+import os
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -197,13 +200,19 @@ def training_batches(
         if not flags.FLAGS.is_parsed():  # Grain asks flags of its own, also where no command line was read.
             flags.FLAGS.mark_as_parsed()
         options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
-        ahead = ahead.mp_prefetch(options, worker_init_fn=_leave_accelerators_alone)
+        ahead = ahead.mp_prefetch(options, worker_init_fn=_serve)
     return iter(ahead)
 
 
-def _leave_accelerators_alone(_index: int, _count: int) -> None:
-    """The devices belong to the process that trains."""
+def _serve(_index: int, _count: int) -> None:
+    """Of a worker: leave the devices to the process that trains, and end with it, however it ends."""
     jax.config.update("jax_platforms", "cpu")
+
+    def end_with_parent() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
 
 
 def order_identity(parts: Sequence[Part]) -> list[dict[str, Any]]:

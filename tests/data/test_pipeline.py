@@ -1,6 +1,11 @@
 """Batches: deterministic, resumable, mixed as asked, and what the schema says."""
 
 import io
+import os
+import pathlib
+import subprocess
+import sys
+import time
 
 import chex
 import jax
@@ -163,3 +168,34 @@ def test_other_data_than_a_run_began_with():
     others = [PARTS[0], pipeline.Part(Pictures("b", grown, View(4, count=1)), lucky, 0.3)]
     with pytest.raises(ValueError, match="not those it began with:\n  b: 10 records then, 10 now\n"):
         pipeline.check_order(known, pipeline.order_identity(others))
+
+
+STARTED = """
+import time
+from tests.data import test_pipeline
+
+if __name__ == "__main__":
+    made = test_pipeline.batches(0, 1, workers=2)
+    next(made)
+    print("made", flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.mark.skipif(not pathlib.Path("/proc").exists(), reason="processes are looked up in /proc")
+def test_workers_end_with_a_killed_run(tmp_path):
+    """They would keep its memory for ever."""
+    script = tmp_path / "run.py"
+    script.write_text(STARTED)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    process = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, env=environment, text=True)
+    assert process.stdout.readline() == "made\n"
+    children = pathlib.Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    process.kill()
+    process.wait()
+    assert len(children) >= 2
+    for _ in range(300):
+        if not any(pathlib.Path("/proc", child).exists() for child in children):
+            return
+        time.sleep(0.1)
+    raise AssertionError("a worker is still there half a minute after its run was killed")

@@ -190,7 +190,8 @@ def test_workers_end_with_a_killed_run(tmp_path):
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     process = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, env=environment, text=True)
     assert process.stdout.readline() == "made\n"
-    children = pathlib.Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    of_threads = pathlib.Path(f"/proc/{process.pid}/task").glob("*/children")
+    children = [child for file in of_threads for child in file.read_text().split()]
     process.kill()
     process.wait()
     assert len(children) >= 2

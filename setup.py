@@ -1,10 +1,12 @@
 """Package metadata of blip2_jax."""
 
 import pathlib
+import re
 
 from setuptools import find_packages, setup
 
 ROOT = pathlib.Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "blip2_jax" / "__init__.py").read_text(encoding="utf-8"))[1]
 
 # The lower bounds are the versions that the tests have passed with.
 REQUIREMENTS = [
@@ -48,7 +50,7 @@ EXTRAS = {
 
 setup(
     name="blip2_jax",
-    version="0.1.0",
+    version=VERSION,
     description="BLIP-2 pre-training in JAX/Flax: a frozen image encoder, a Q-Former, a frozen language model.",
     long_description=(ROOT / "README.md").read_text(encoding="utf-8") if (ROOT / "README.md").exists() else "",
     long_description_content_type="text/markdown",

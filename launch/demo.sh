@@ -12,7 +12,7 @@ cd "$(dirname "$0")/.."
 source launch/environment.sh
 
 began=$SECONDS
-prepare_environment
+prepare_environment ""
 python -c 'from blip2_jax.checkpoints import frozen; [frozen.find(part, "nano:") for part in frozen.PARTS]'
 setup=$((SECONDS - began))
 echo "[setup done] in $setup s"

@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by the scripts beside it: a virtual environment (VENV, by default .venv) with this package and some extras.
 # Usage: source launch/environment.sh [EXTRAS]
 

@@ -263,5 +263,16 @@ def recipe(stage: str, folder: pathlib.Path, **changes) -> ml_collections.Config
     else:
         # A row on each of eight devices: every one takes part.
         settings |= {"evaluation.rerank": 2, "objective.itm_share": 1.0, "objective.itg_share": 1.0}
+        # An alarm that holds from step 4 on, so that resumed runs have one to raise again.
+        settings |= {"alarms.window": 2, "alarms.itc_margin": 9.0}
     config.update_from_flattened_dict(settings | changes)
     return config
+
+
+def recipe_file(config: ml_collections.ConfigDict, file: pathlib.Path) -> pathlib.Path:
+    """A recipe for --config, which gives this configuration."""
+    file.write_text(
+        "import json\nfrom ml_collections import ConfigDict\ndef get_config():\n"
+        f"    return ConfigDict(json.loads({config.to_json()!r}))\n"
+    )
+    return file

@@ -86,9 +86,13 @@ class Directory:
 def _read_index(file: pathlib.Path) -> dict[str, str]:
     """Which file each tensor is in."""
     try:
-        return json.loads(file.read_text())["weight_map"]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        named = json.loads(file.read_text())["weight_map"]
+        elsewhere = [name for name in named.values() if name != pathlib.PurePath(name).name]
+    except (json.JSONDecodeError, AttributeError, KeyError, TypeError) as error:
         raise ValueError(f"{file} is truncated or no index of weight files ({error}): fetch it again") from error
+    if elsewhere:
+        raise ValueError(f"{file} names the file {elsewhere[0]!r}: expected names of files beside it")
+    return named
 
 
 def read_config(file: pathlib.Path) -> dict[str, Any]:
@@ -149,7 +153,9 @@ def _older_tokenizer(directory: pathlib.Path) -> Tokenizer:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(directory).backend_tokenizer
+        # A directory may name code of its own (auto_map), which would be asked about and run.
+        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
+        return tokenizer.backend_tokenizer
     except Exception as error:  # Of many kinds, also that a package is missing.
         mend = "expected one beside the weights"
         if list(directory.glob("*.model")):

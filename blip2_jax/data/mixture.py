@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from blip2_jax.data.sources.names import refuse_secrets
+
 
 def parse_mixture(text: str) -> list[tuple[str, float]]:
     """ "SRC@0.7 + SRC@0.3" to [(source, share)]; shares are normalised, and equal when none is given."""
+    refuse_secrets(text)  # Here already, where an error would tell the whole of it.
     parts = [part.strip() for part in text.split(" + ")]
     if not all(parts):
         raise ValueError(f"data mixture {text!r}: expected 'SOURCE@WEIGHT + SOURCE@WEIGHT'")

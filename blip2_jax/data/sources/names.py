@@ -8,6 +8,13 @@ import urllib.parse
 
 # A question mark that does not introduce an option is one of a pattern of files, as in "shard-0?.tar".
 _NAME = re.compile(r"(?P<kind>\w+):(?P<what>.*?)(?:\?(?P<options>\w+=.*))?", re.DOTALL)
+# A user before the host, or what clouds call the parts of a signed address: X-Amz-Signature, X-Goog-Signature, sig, ...
+_USER = re.compile(r"://(?P<secret>[^/?#@]+)@")
+_SIGNED = re.compile(
+    r"[?&](?:x-(?:amz|goog)-[\w-]+|sig|signature|token|access_?token|api_?key|awsaccesskeyid|googleaccessid|password)"
+    r"=(?P<secret>[^&]*)",
+    re.IGNORECASE,
+)
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
 
 
@@ -17,8 +24,9 @@ def parse(name: str) -> tuple[str, str, dict[str, str]]:
     Values of options may be percent-encoded.
 
     Raises:
-      ValueError: it is no such name, or an option is empty or given twice.
+      ValueError: it is no such name, an option is empty or given twice, or it holds a password or the like.
     """
+    refuse_secrets(name)
     found = _NAME.fullmatch(name)
     if not found or not found["what"]:
         raise ValueError(f"data source {name!r}: expected KIND:WHAT, such as folder:my_pictures or nano:train")
@@ -30,6 +38,25 @@ def parse(name: str) -> tuple[str, str, dict[str, str]]:
         if part:
             options[option] = urllib.parse.unquote(value)
     return found["kind"], found["what"], options
+
+
+def refuse_secrets(name: str) -> None:
+    """A source is written into configurations, checkpoints, corpora and logs, so what is secret has no place in it.
+
+    Raises:
+      ValueError: a name, or a mixture of names, holds an address with a password or a signature, which is not told.
+    """
+    found = [match for pattern in (_USER, _SIGNED) for match in pattern.finditer(name)]
+    if not found:
+        return
+    shown = name
+    for start, end in sorted((match.span("secret") for match in found), reverse=True):
+        shown = f"{shown[:start]}***{shown[end:]}"
+    raise ValueError(
+        f"data source {shown!r}: what is *** here looks like a password or a signature, and a source is written into "
+        "configurations, checkpoints and logs. Give it to fsspec in its configuration (~/.config/fsspec/*.json, or "
+        "FSSPEC_... in the environment), or to the cloud's own tools (gcloud auth, AWS_PROFILE)"
+    )
 
 
 def split_files(kind: str, what: str, *expected: str) -> list[pathlib.Path]:

@@ -48,15 +48,23 @@ def members(read: Read, size: int) -> Iterator[Member]:
         if not header.strip(b"\0"):
             return
         name, length, kind = _parse(header, offset)
-        length = int(extended.get("size", length)) if kind in _REGULAR else length
+        if kind in _REGULAR and "size" in extended:
+            length = _size(extended["size"], offset)
         content = offset + _BLOCK
         if kind in (_LONG_NAME, _EXTENDED):
-            extended |= _extension(read(content, length), kind)
+            extended |= _extension(read(content, length), kind, offset)
         elif kind in _REGULAR:
             yield Member(extended.get("path", name), start, content, content + length)
         offset = content if kind in _WITHOUT_CONTENT else content + -(-length // _BLOCK) * _BLOCK
         if kind in _WITHOUT_CONTENT or kind in _REGULAR:
             start, extended = offset, {}
+
+
+def _size(text: str, offset: int) -> int:
+    # Digits alone: a size below 0 would lead back, and the reader round in circles.
+    if not text.isascii() or not text.isdecimal():
+        raise ValueError(f"the tar header before byte {offset} gives the size {text[:20]!r}")
+    return int(text)
 
 
 def _parse(header: bytes, offset: int) -> tuple[str, int, bytes]:
@@ -68,6 +76,8 @@ def _parse(header: bytes, offset: int) -> tuple[str, int, bytes]:
         length = int.from_bytes(length[1:]) if length[0] == 0x80 else int(length.strip(b"\0 ") or b"0", 8)
     except ValueError as error:
         raise ValueError(f"there is no tar header at byte {offset}") from error
+    if length < 0:
+        raise ValueError(f"the tar header at byte {offset} gives the size {length}")
     if sum(header) - sum(header[148:156]) + 8 * ord(" ") != checksum:
         raise ValueError(f"the tar header at byte {offset} is damaged")
     name = header[:100].partition(b"\0")[0]
@@ -75,13 +85,16 @@ def _parse(header: bytes, offset: int) -> tuple[str, int, bytes]:
     return (prefix + b"/" + name if prefix else name).decode(errors="replace"), length, header[156:157]
 
 
-def _extension(content: bytes, kind: bytes) -> dict[str, str]:
+def _extension(content: bytes, kind: bytes, offset: int) -> dict[str, str]:
     """What a header that stands before a member's own says of it: a long name, or lines "LENGTH KEY=VALUE"."""
     if kind == _LONG_NAME:
         return {"path": content.partition(b"\0")[0].decode(errors="replace")}
     found = {}
     while content.strip(b"\0"):
-        length = int(content.partition(b" ")[0])
+        digits = content.partition(b" ")[0]
+        length = int(digits) if digits.isdigit() else 0
+        if not length:
+            raise ValueError(f"the tar header at byte {offset} is damaged: it holds a line of no length")
         key, _, value = content[:length].partition(b" ")[2].rstrip(b"\n").partition(b"=")
         found[key.decode(errors="replace")] = value.decode(errors="replace")
         content = content[length:]

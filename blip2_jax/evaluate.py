@@ -21,8 +21,9 @@ from blip2_jax import files, params, tasks
 from blip2_jax.data.mixture import parse_mixture
 from blip2_jax.data.pipeline import Pictures
 from blip2_jax.evaluation import attention, baselines
-from blip2_jax.monitoring import comparison, report
+from blip2_jax.monitoring import charts, comparison, examples, report
 from blip2_jax.monitoring.metrics import read_metrics
+from blip2_jax.monitoring.pictures import Thumbnails
 from blip2_jax.tasks.common import Task
 
 
@@ -49,10 +50,8 @@ def measure_baselines(task: Task, tests: Sequence[Pictures]) -> list[dict[str, d
     return [baselines.measure(test, together) for test in found[len(train) :]]
 
 
-def measure(
-    checkpoints: Sequence[str], data: Sequence[str]
-) -> tuple[dict[str, dict], dict[str, list], dict[str, list]]:
-    """Metrics by split, samples by source, and by stage the attention over pictures of the first source.
+def measure(checkpoints: Sequence[str], data: Sequence[str]) -> tuple[dict[str, dict], dict[str, list]]:
+    """Metrics by split and samples by source, those of attention for the first source alone.
 
     Raises:
       OSError, ValueError: a checkpoint or a source cannot be opened, or two sources have the same name.
@@ -61,7 +60,6 @@ def measure(
         raise ValueError(f"--data {', '.join(data)}: every source must be named once, with a name of its own")
     splits: dict[str, dict] = {}
     samples: dict[str, list] = {name: [] for name in data}
-    looks: dict[str, list] = {}
     for path in checkpoints:
         task, trainable = tasks.load_trained(path)
         pictures = [task.pictures(name, training=False) for name in data]
@@ -72,12 +70,14 @@ def measure(
             metrics, found = task.evaluate(trainable, source)
             split |= params.unflatten(metrics)
             samples[name] += found
-        looks[task.name] = attention.samples(task, trainable, pictures[0])
+        samples[data[0]] += attention.samples(task, trainable, pictures[0])
         jax.clear_caches()
+    for name, source in zip(data, pictures, strict=True):
+        samples[name] += Thumbnails(source.source).samples(examples.keys_shown(samples[name]))
     for split in splits.values():
         if "caption" in split:
             split["shuffled_image_loss_increase"] = split["caption"].pop("shuffled_image_loss_increase")
-    return splits, samples, looks
+    return splits, samples
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -92,16 +92,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seconds_setup", type=float, help="how long installing and downloading took, for the summary")
     options = parser.parse_args(arguments)
     try:
-        splits, samples, looks = measure(options.checkpoint, options.data)
+        splits, samples = measure(options.checkpoint, options.data)
         summary: dict = {"splits": splits}
         if options.seconds_setup is not None:
             summary["seconds_setup"] = options.seconds_setup
         curves = {path: read_metrics(pathlib.Path(path) / "metrics.jsonl") for path in options.checkpoint}
-        body = _body(curves, splits, samples, looks)
+        body = _body(curves, splits, samples)
         if options.started is not None:
             summary["seconds"] = time.time() - options.started
         with files.clear_about_full_disk(options.output, "make room, or choose another --output"):
-            report.write(options.output / "report.html", options.title, body)
+            report.write(options.output / "report.html", options.title, body, examples.STYLE)
             files.write_json(options.output / "summary.json", summary)
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
@@ -109,19 +109,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(f"wrote {options.output / 'summary.json'} and {options.output / 'report.html'}")
 
 
-def _body(curves: Mapping[str, list], splits: dict, samples: Mapping[str, list], looks: Mapping[str, list]) -> str:
+def _body(curves: Mapping[str, list], splits: dict, samples: Mapping[str, list]) -> str:
     parts = ["<h2>Measured, beside what needs no training</h2>", comparison.table(splits)]
     for path, rows in curves.items():
         if rows:
             parts += [
                 f"<h2>Training of {pathlib.Path(path).name}</h2>",
-                report.curves(rows),
-                report.evaluation_curves(rows),
+                charts.curves(rows),
+                charts.evaluation_curves(rows),
             ]
-    parts += ["<h2>Pictures it had not seen</h2>", report.examples(samples)]
-    parts.append("<h2>Where the queries look</h2>")
-    for stage, found in looks.items():
-        parts += [f"<h3>{stage}</h3>", report.attention(next(iter(samples)), found)]
+    parts += ["<h2>Pictures it had not seen</h2>", examples.sections(samples)]
     return "".join(parts)
 
 

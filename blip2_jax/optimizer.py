@@ -42,12 +42,13 @@ def check(config: ml_collections.ConfigDict, total_steps: int, by_epoch: bool = 
         require("steps_per_epoch", "above 0, which compat.epoch_schedule needs", config.steps_per_epoch > 0)
     else:
         require("steps_per_epoch", "0, since only compat.epoch_schedule has epochs", config.steps_per_epoch == 0)
-        warmup = _warmup_steps(config, total_steps)
+        warmup = warmup_steps(config, total_steps)
         if warmup >= total_steps:
             raise ValueError(f"optimizer.warmup is {warmup} steps, but the run has {total_steps}")
 
 
-def _warmup_steps(config: ml_collections.ConfigDict, total_steps: int) -> int:
+def warmup_steps(config: ml_collections.ConfigDict, total_steps: int) -> int:
+    """Steps of the warm-up that config.optimizer names, as a share of the run or as a number."""
     return round(config.warmup * total_steps) if config.warmup < 1 else int(config.warmup)
 
 
@@ -64,7 +65,7 @@ def schedule(config: ml_collections.ConfigDict, total_steps: int, by_epoch: bool
       ValueError: settings that make no sense.
     """
     check(config, total_steps, by_epoch)
-    warmup, start = _warmup_steps(config, total_steps), config.warmup_rate / config.learning_rate
+    warmup, start = warmup_steps(config, total_steps), config.warmup_rate / config.learning_rate
     if not by_epoch:
         return optax.warmup_cosine_decay_schedule(start, 1.0, warmup, total_steps, config.final_share)
     epochs = math.ceil(total_steps / config.steps_per_epoch)

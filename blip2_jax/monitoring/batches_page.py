@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image
 
 from blip2_jax.monitoring import report
+from blip2_jax.monitoring.pictures import data_url
 
 _STYLE = """
 :root{color-scheme:light} body{max-width:1400px} h1{font-weight:650;letter-spacing:-.02em;margin-bottom:.2em}
@@ -108,7 +109,7 @@ class Shown(NamedTuple):
 def _image(pixels: np.ndarray) -> str:
     encoded = io.BytesIO()
     Image.fromarray(pixels).save(encoded, "JPEG", quality=92, subsampling=0)
-    return report.inline_image(encoded.getvalue(), 'loading="lazy"')
+    return f'<img loading="lazy" alt="" src="{data_url(encoded.getvalue())}">'
 
 
 def _token(token: Token, times: int = 1) -> str:

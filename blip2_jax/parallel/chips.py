@@ -1,7 +1,8 @@
-"""Cloud TPUs by name: what their datasheets promise, and the topologies of a pod that can be compiled for without one.
+"""Chips by name: what their datasheets promise, and the topologies of TPU pods that can be compiled for without one.
 
-Sources: the pages "TPU v4", "TPU v5e", "TPU v5p" and "TPU v6e" of https://docs.cloud.google.com/tpu/docs for
-operations, memory and networks; that of v4 between chips (2,400 Gbit/s each) is in Google's announcement of v5p.
+Sources: for GPUs NVIDIA's datasheet of each; for TPUs the pages "TPU v4", "TPU v5e", "TPU v5p" and "TPU v6e" of
+https://docs.cloud.google.com/tpu/docs for operations, memory and networks; that of v4 between chips (2,400 Gbit/s each)
+is in Google's announcement of v5p.
 """
 
 from __future__ import annotations
@@ -73,6 +74,35 @@ CHIPS = {
         Chip("v6e", 918e12, 32 * GIB, int(31.25 * GIB), 1.6e12, 2, 100e9, 16, 12.5e9),
     )
 }
+
+
+# Dense bfloat16 operations a second, as datasheets have them: theirs with sparsity are twice as much.
+_GPUS = {
+    r"B200": 2250e12,
+    r"H200 NVL|H100 NVL": 835.5e12,
+    r"H100 PCIe": 756.5e12,
+    r"H100|H200|GH200": 989.5e12,  # SXM.
+    r"A100": 312e12,
+    r"A40": 149.7e12,
+    r"A30": 165e12,
+    r"A10": 125e12,
+    r"L40S": 362.05e12,
+    r"L40": 181.05e12,
+    r"L4": 121e12,
+}
+# What jax calls the chips that a topology names.
+_TPUS = {"v4": "v4", "v5 lite": "v5e", "v5e": "v5e", "v5": "v5p", "v5p": "v5p", "v6 lite": "v6e", "v6e": "v6e"}
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """Dense bfloat16 operations a second of a device, by `jax.Device.device_kind`; None: no datasheet here has it."""
+    name = device_kind.removeprefix("TPU ")
+    if name != device_kind:
+        return CHIPS[_TPUS[name]].flops if name in _TPUS else None
+    for pattern, flops in _GPUS.items():
+        if re.search(rf"\bNVIDIA ({pattern})\b", device_kind):
+            return flops
+    return None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,7 +11,7 @@ import pathlib
 import sys
 from collections.abc import Sequence
 
-from blip2_jax.monitoring import report
+from blip2_jax.monitoring import charts, report
 
 # Stage, title, and the curves: label -> name in metrics.jsonl.
 CHARTS = [
@@ -36,7 +36,7 @@ def curves(folder: pathlib.Path) -> str:
             json.loads(line) for line in (folder / stage / "metrics.jsonl").read_text().splitlines()
         ]
         series = {label: [(row["step"], row[name]) for row in rows if name in row] for label, name in names.items()}
-        return report.chart(title, series)
+        return charts.chart(title, series)
 
     return f'<div class="charts">{"".join(chart(*each) for each in CHARTS)}</div>'
 

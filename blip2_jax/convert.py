@@ -22,7 +22,7 @@ import numpy as np
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from blip2_jax import params, tasks
+from blip2_jax import configuration, params, tasks
 from blip2_jax.checkpoints import export, frozen, store
 from blip2_jax.parallel import mesh as meshes
 from blip2_jax.parallel import sharding
@@ -104,13 +104,14 @@ def _run(command: str) -> None:
     if command == "export" and not _CHECKPOINT.value:
         raise ValueError("export needs --checkpoint=DIR")
     if command == "import":
-        import_checkpoint(_CONFIG.value, output)
+        import_checkpoint(configuration.resolved(_CONFIG.value), output)
     elif command == "export":
         export_checkpoint(_CHECKPOINT.value, output)
     elif command == "inspect":
-        config = _CONFIG.value
         if _CHECKPOINT.value:
             config = ml_collections.ConfigDict(store.read_facts(store.find_checkpoint(_CHECKPOINT.value))[0])
+        else:
+            config = configuration.resolved(_CONFIG.value)
         print(describe(config, _DEVICES.value))
     else:
         raise ValueError(f"expected import, export or inspect, found {command!r}")
@@ -127,4 +128,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    app.run(main, flags_parser=configuration.parse_flags)

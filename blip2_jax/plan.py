@@ -24,7 +24,7 @@ from absl import app, flags, logging
 from jax.sharding import Mesh
 from ml_collections import config_flags
 
-from blip2_jax import ahead_of_time, files, flops
+from blip2_jax import ahead_of_time, configuration, files, flops
 from blip2_jax.parallel import chips, collectives, estimate, hlo
 from blip2_jax.parallel import mesh as meshes
 
@@ -217,7 +217,7 @@ def run(
     found = pod.devices() if pod else _fake_devices(devices)
     if mesh is not None:
         config.mesh = mesh
-    plan = make_plan(config, found, pod, steps)
+    plan = make_plan(configuration.resolved(config), found, pod, steps)
     print(table(plan))
     if json:
         files.write_json(pathlib.Path(json).expanduser(), plan)
@@ -245,4 +245,4 @@ def main(_argv: list[str]) -> None:
 
 if __name__ == "__main__":
     _define_flags()
-    app.run(main)
+    app.run(main, flags_parser=configuration.parse_flags)

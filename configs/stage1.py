@@ -9,6 +9,8 @@ from ml_collections import ConfigDict
 
 from blip2_jax import compat
 from blip2_jax.data import corpora, filters
+from blip2_jax.durations import duration
+from blip2_jax.monitoring import alarms, weights_and_biases
 
 
 def get_config(variant: str = "nano") -> ConfigDict:
@@ -23,16 +25,19 @@ def nano() -> ConfigDict:
     config = ConfigDict()
     config.task = "stage1"
     config.seed = 0
-    config.total_steps = 150
+    config.total_steps = duration(150)  # Or "3 epochs", "1e6 examples"; see blip2_jax/durations.py.
     config.batch_size = 128
-    config.log_every = 5
-    config.checkpoint_every = 50
-    config.keep_checkpoints = 2
-    config.eval_every = 0  # Only at the end.
+    config.log_every = duration(5)
+    config.checkpoint_every = duration(50)
+    config.keep_checkpoints = 2  # The newest ones.
+    config.keep_every = duration(0)  # Those of every so many steps stay, too,
+    config.keep_best = ""  # and the best by a metric of an evaluation, "eval/..."; "-eval/...": the lowest.
+    config.eval_every = duration(0)  # Only at the end.
     config.mesh = "data=-1,fsdp=1,tensor=1"
     config.pieces = 1  # In which a batch goes through the model, to save memory; the gradient is that of the whole.
     config.shard_trainable = True  # Over fsdp and tensor, as the frozen parts are; False: whole on every device.
     config.max_skipped_in_a_row = 20  # So many steps that are not finite end the run.
+    config.watchdog_minutes = 30.0  # Without the end of a step; then all stacks are printed. 0: never.
 
     config.vision = "nano:"
     config.bert = "nano:"
@@ -86,7 +91,7 @@ def nano() -> ConfigDict:
     config.optimizer.learning_rate = 5e-4
     config.optimizer.fresh_multiplier = 4.0  # For what no checkpoint provides.
     config.optimizer.text_multiplier = 1.0  # For what reads text alone; below 1 unseen words keep more of their sense.
-    config.optimizer.warmup = 0.15
+    config.optimizer.warmup = duration(0.15)
     config.optimizer.final_share = 0.05
     config.optimizer.beta1 = 0.9
     config.optimizer.beta2 = 0.98
@@ -94,14 +99,19 @@ def nano() -> ConfigDict:
     config.optimizer.weight_decay = 0.05
     config.optimizer.clip_norm = 1.0
     config.optimizer.warmup_rate = 0.0  # Where warm-up starts.
-    config.optimizer.steps_per_epoch = 0  # For compat.epoch_schedule.
+    config.optimizer.steps_per_epoch = duration(0)  # For compat.epoch_schedule.
 
     config.compat = compat.block()  # What is to be done as LAVIS does it; see blip2_jax/compat.py.
 
     config.evaluation = ConfigDict()
-    config.evaluation.batch_size = 64
+    config.evaluation.batch_size = 64  # A multiple of data x fsdp; stage 1's losses depend on it.
     config.evaluation.rerank = 4  # Candidates of each query that ITM judges again; 0: none.
     config.evaluation.rerank_rule = "posterior"  # Or "tempered", "lavis"; see blip2_jax/evaluation/retrieval.py.
+
+    config.profile = ConfigDict()
+    config.profile.steps = ""  # To trace: "5:8" are the steps 5, 6 and 7; SIGUSR1 traces three at any time.
+    config.wandb = weights_and_biases.block()  # Weights & Biases; off while wandb.project is "".
+    config.alarms = alarms.block()  # Where alarms begin; see blip2_jax/monitoring/alarms.py.
     return config
 
 
@@ -136,7 +146,7 @@ def eva_g() -> ConfigDict:
     config.batch_size = 2048
     config.log_every = 50
     config.checkpoint_every = 2000
-    config.eval_every = 10_000
+    config.eval_every = 0  # With data.eval, such as "5%".
     config.vision = "lavis:eva_vit_g.pth"
     config.bert = "hf:google-bert/bert-base-uncased"
     config.image_size = 224
@@ -162,6 +172,7 @@ def eva_g() -> ConfigDict:
     config.optimizer.warmup = 2000
     config.optimizer.final_share = 0.1
     config.optimizer.clip_norm = 0.0
+    config.evaluation.batch_size = 256
     config.evaluation.rerank = 128
     return config
 

@@ -7,6 +7,8 @@ from ml_collections import ConfigDict
 
 from blip2_jax import compat
 from blip2_jax.data import corpora, filters
+from blip2_jax.durations import duration
+from blip2_jax.monitoring import alarms, weights_and_biases
 
 
 def get_config(variant: str = "nano") -> ConfigDict:
@@ -30,16 +32,19 @@ def nano() -> ConfigDict:
     config = ConfigDict()
     config.task = "stage2"
     config.seed = 0
-    config.total_steps = 170
+    config.total_steps = duration(170)  # Or "3 epochs", "1e6 examples"; see blip2_jax/durations.py.
     config.batch_size = 32
-    config.log_every = 5
-    config.checkpoint_every = 60
-    config.keep_checkpoints = 2
-    config.eval_every = 0  # Only at the end.
+    config.log_every = duration(5)
+    config.checkpoint_every = duration(60)
+    config.keep_checkpoints = 2  # The newest ones.
+    config.keep_every = duration(0)  # Those of every so many steps stay, too,
+    config.keep_best = ""  # and the best by a metric of an evaluation, "eval/..."; "-eval/...": the lowest.
+    config.eval_every = duration(0)  # Only at the end.
     config.mesh = "data=-1,fsdp=1,tensor=1"
     config.pieces = 1  # In which a batch goes through the model, to save memory; the gradient is that of the whole.
     config.shard_trainable = True  # Over fsdp and tensor, as the frozen parts are; False: whole on every device.
     config.max_skipped_in_a_row = 20  # So many steps that are not finite end the run.
+    config.watchdog_minutes = 30.0  # Without the end of a step; then all stacks are printed. 0: never.
 
     config.vision = "nano:"
     config.bert = "nano:"
@@ -95,7 +100,7 @@ def nano() -> ConfigDict:
     config.optimizer = ConfigDict()
     config.optimizer.learning_rate = 2.5e-4
     config.optimizer.fresh_multiplier = 4.0
-    config.optimizer.warmup = 0.1
+    config.optimizer.warmup = duration(0.1)
     config.optimizer.final_share = 0.05
     config.optimizer.beta1 = 0.9
     config.optimizer.beta2 = 0.98
@@ -103,13 +108,18 @@ def nano() -> ConfigDict:
     config.optimizer.weight_decay = 0.05
     config.optimizer.clip_norm = 1.0
     config.optimizer.warmup_rate = 0.0  # Where warm-up starts.
-    config.optimizer.steps_per_epoch = 0  # For compat.epoch_schedule.
+    config.optimizer.steps_per_epoch = duration(0)  # For compat.epoch_schedule.
 
     config.compat = compat.block()  # What is to be done as LAVIS does it; see blip2_jax/compat.py.
 
     config.evaluation = ConfigDict()
-    config.evaluation.batch_size = 64
+    config.evaluation.batch_size = 64  # A multiple of data x fsdp.
     config.evaluation.max_new_tokens = 10
+
+    config.profile = ConfigDict()
+    config.profile.steps = ""  # To trace: "5:8" are the steps 5, 6 and 7; SIGUSR1 traces three at any time.
+    config.wandb = weights_and_biases.block()  # Weights & Biases; off while wandb.project is "".
+    config.alarms = alarms.block()  # Where alarms begin; see blip2_jax/monitoring/alarms.py.
     return config
 
 
@@ -137,7 +147,7 @@ def opt_2_7b() -> ConfigDict:
     config.batch_size = 2048
     config.log_every = 50
     config.checkpoint_every = 2000
-    config.eval_every = 10_000
+    config.eval_every = 0  # With data.eval, such as "5%".
     config.vision = "lavis:eva_vit_g.pth"
     config.bert = "hf:google-bert/bert-base-uncased"
     config.llm = "hf:facebook/opt-2.7b"
@@ -166,6 +176,7 @@ def opt_2_7b() -> ConfigDict:
     config.optimizer.warmup = 2000
     config.optimizer.final_share = 0.5
     config.optimizer.clip_norm = 0.0
+    config.evaluation.batch_size = 256
     return config
 
 

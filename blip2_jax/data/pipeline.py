@@ -8,10 +8,9 @@ another one of its source, so batches are always full.
 from __future__ import annotations
 
 import dataclasses
-import itertools
+import functools
 import multiprocessing
 import os
-import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -246,27 +245,46 @@ def _seed(*numbers: int) -> int:
 
 
 def evaluation_batches(
-    pictures: Pictures, collate: Callable[[Sequence[Record]], Batch], batch_size: int
-) -> Iterator[tuple[list[Record], Batch]]:
-    """Every example that can be used once, in order, with plain views: lists of examples and full batches.
+    pictures: Pictures,
+    collate: Callable[[Sequence[Record]], Batch],
+    batch_size: int,
+    rows: Sequence[int] | None = None,
+) -> Iterator[tuple[list[Record | BadRecord | None], Batch]]:
+    """Every record once, in order, with plain views: row r of batch i is record i * B + r.
 
-    The last batch is filled up with copies of its first row, for which `example_mask` is False. What cannot be used is
-    named on stderr and left out.
+    Args:
+      pictures: what to read.
+      collate: a list of examples to a batch.
+      batch_size: B.
+      rows: which rows of each batch to make, so that processes share the work; None: all.
+
+    Yields:
+      What became of the records of these rows: examples, why one cannot be used, or None behind the last one. And the
+      batch of these rows; where there is no example stands a copy of the source's first, and `example_mask` is False.
+
+    Raises:
+      ValueError: not one record can be used.
     """
+    rows, total = range(batch_size) if rows is None else rows, len(pictures.source)
 
-    def usable() -> Iterator[Record]:
-        for index in range(len(pictures.source)):
-            try:
-                yield pictures.example(index)
-            except BadRecord as bad:
-                print(f"left out of {pictures.name}: {bad}", file=sys.stderr)
+    def read(index: int) -> Record | BadRecord | None:
+        try:
+            return pictures.example(index) if index < total else None
+        except BadRecord as bad:
+            return bad
 
-    rest = usable()
-    while examples := list(itertools.islice(rest, batch_size)):
-        filler = [examples[0]] * (batch_size - len(examples))
-        batch = collate([*examples, *filler])
-        batch["example_mask"] = np.arange(batch_size) < len(examples)
-        yield examples, batch
+    @functools.cache
+    def filler() -> Record:
+        usable = (found for found in map(read, range(total)) if isinstance(found, dict))
+        if (first := next(usable, None)) is None:
+            raise ValueError(f"{pictures.name}: none of its {total:,} records can be used, the first one: {read(0)}")
+        return first
+
+    for start in range(0, total, batch_size):
+        found = [read(start + int(row)) for row in rows]
+        usable = np.asarray([isinstance(one, dict) for one in found])
+        batch = collate([one if there else filler() for one, there in zip(found, usable, strict=True)])
+        yield found, batch | {"example_mask": usable}
 
 
 def check_batch(batch: Mapping[str, np.ndarray], schema: Schema) -> None:

@@ -7,8 +7,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from blip2_jax.evaluation.batches import in_batches
-
 RANKS = (1, 5, 10)
 Directions = dict[str, dict[str, float]]
 
@@ -100,16 +98,13 @@ RULES: dict[str, Callable[[np.ndarray, np.ndarray, float], np.ndarray]] = {
 }
 
 
-def rerank(
-    scores: np.ndarray, judge: Callable[[np.ndarray, np.ndarray], np.ndarray], top: int, batch_size: int, label: str
-) -> np.ndarray:
+def rerank(scores: np.ndarray, judge: Callable[[np.ndarray, np.ndarray], np.ndarray], top: int) -> np.ndarray:
     """Judge each row's `top` candidates and put them, in the new order, before the others.
 
     Args:
       scores: float[N, M], cosines.
-      judge: int[B] rows, int[B] columns -> float[B], such as `posterior` of those pairs.
-      top: k.
-      batch_size: B; `judge` always gets full batches.
+      judge: int[K] rows, int[K] columns -> float[K], such as `posterior` of those pairs; called once, with all.
+      top: candidates of each row.
 
     Returns:
       float[N, M]: the judgement, and for the rest the cosine, less more than any judgement can be.
@@ -118,7 +113,7 @@ def rerank(
     top = min(top, columns)
     chosen = ranking(scores)[:, :top]
     row, column = np.repeat(np.arange(rows), top), chosen.reshape(-1)
-    judged = in_batches(judge, (row, column), batch_size, label)
+    judged = judge(row, column)
     result = scores + judged.min() - 10.0
     result[row, column] = judged
     return result

@@ -63,6 +63,11 @@ def make_mesh(text: str, devices: Sequence[jax.Device] | None = None) -> Mesh:
     return Mesh(placed, AXES, axis_types=_AUTO)
 
 
+def one_device() -> Mesh:
+    """Of the first device of this process alone."""
+    return make_mesh("", jax.local_devices()[:1])
+
+
 def count_slices(devices: Sequence[jax.Device]) -> int:
     """Into how many slices a TPU pod's devices are divided; 1 elsewhere, where a slice_index says nothing of networks.
 
@@ -97,14 +102,21 @@ def batch_shards(mesh: Mesh) -> int:
     return math.prod(mesh.shape[axis] for axis in ROW_AXES)
 
 
-def check_batch_size(batch_size: int, mesh: Mesh, multiple: int = 1) -> None:
-    """Raise ValueError unless every device that shares a batch gets as many rows as the others, a multiple of some."""
+def check_batch_size(batch_size: int, mesh: Mesh, multiple: int = 1, name: str = "batch_size") -> None:
+    """Raise ValueError unless every device that shares a batch gets as many rows as the others, a multiple of some.
+
+    Args:
+      batch_size: B.
+      mesh: that the batch is divided over.
+      multiple: what a device's rows are to be a multiple of.
+      name: of the setting.
+    """
     shards = batch_shards(mesh)
     if batch_size < 1 or batch_size % shards:
-        raise ValueError(f"batch_size {batch_size} does not divide over data x fsdp = {shards} devices")
+        raise ValueError(f"{name} {batch_size} does not divide over data x fsdp = {shards} devices: take a multiple")
     if multiple < 1 or batch_size % (multiple * shards):
         raise ValueError(
-            f"batch_size {batch_size} gives each of data x fsdp = {shards} devices {batch_size // shards} rows: "
+            f"{name} {batch_size} gives each of data x fsdp = {shards} devices {batch_size // shards} rows: "
             f"expected a multiple of {multiple}, for pieces of one size and, in stage 1, every n-th row in ITM and ITG"
         )
 

@@ -17,7 +17,7 @@ from blip2_jax.tasks.common import Task
 from blip2_jax.tasks.stage1 import Stage1
 from blip2_jax.tasks.stage2 import Stage2
 
-_TASKS = {"stage1": Stage1, "stage2": Stage2}
+TASKS = {"stage1": Stage1, "stage2": Stage2}
 
 
 def create(config: ml_collections.ConfigDict, dtype: Any = None) -> Task:
@@ -27,9 +27,9 @@ def create(config: ml_collections.ConfigDict, dtype: Any = None) -> Task:
       config: the recipe.
       dtype: of frozen parameters and of matrix products; None: as suits the accelerator that is here.
     """
-    if config.task not in _TASKS:
-        raise ValueError(f"config.task = {config.task!r}: expected one of {', '.join(_TASKS)}")
-    return _TASKS[config.task](config, dtype)
+    if config.task not in TASKS:
+        raise ValueError(f"config.task = {config.task!r}: expected one of {', '.join(TASKS)}")
+    return TASKS[config.task](config, dtype)
 
 
 def starting_point(task: Task) -> Callable[[jax.Array], params.Tree]:

@@ -29,11 +29,11 @@ from blip2_jax.data.records import Record, Source
 from blip2_jax.data.sources import open_source
 from blip2_jax.data.text import CaptionTokenizer, clean_caption
 from blip2_jax.decoding import Draws, GenerationConfig
-from blip2_jax.evaluation.batches import in_batches
+from blip2_jax.evaluation.batches import Layout, in_batches
 from blip2_jax.models.blip2 import Blip2Config
 from blip2_jax.models.qformer import QFormer
+from blip2_jax.parallel import gathering, sharding
 from blip2_jax.parallel import mesh as meshes
-from blip2_jax.parallel import sharding
 
 Metrics = dict[str, jax.Array]
 
@@ -283,19 +283,37 @@ class Task(abc.ABC):
         named = self.config.data.features if training else ""
         return pathlib.Path(named) if named else cache_directory() / "features"
 
-    def compute_features(self, name: str, training: bool, own: slice = slice(None)) -> None:
-        """Compute a source's image tokens, or some of their files, where they are not there yet."""
-        data, shards = self.config.data, meshes.batch_shards(self.mesh) if self.mesh else 1
-        compute(
-            self.source(name),
-            self.feature_plan(name, training),
-            self.encode,
-            self.features_root(training),
-            f"image features of {name}",
-            batch_size=shards * max(1, _ENCODED_AT_ONCE // shards),
-            threads=data.threads,
-            own=own,
-        )
+    def compute_features(self, name: str, training: bool) -> None:
+        """Compute a source's image tokens where they are not there yet.
+
+        Of several processes, which have to call together, those that see the same folder share its files, and all wait
+        until every file is whole.
+
+        Raises:
+          OSError: there is no room, here or in another process.
+        """
+        root, encoder = self.features_root(training), self._in_this_process()
+        shards = meshes.batch_shards(encoder.mesh) if encoder.mesh else 1
+        sharing = gathering.sharers(root)
+        with gathering.together(f"image features of {name}"):
+            compute(
+                self.source(name),
+                self.feature_plan(name, training),
+                encoder.encode,
+                root,
+                f"image features of {name}",
+                batch_size=shards * max(1, _ENCODED_AT_ONCE // shards),
+                threads=self.config.data.threads,
+                own=slice(sharing.index(jax.process_index()), None, len(sharing)),
+            )
+
+    def _in_this_process(self) -> Task:
+        """The same task on a mesh that no other process has a part of."""
+        if self.mesh is None or not self.mesh.is_multi_process:
+            return self
+        alone = type(self)(self.config, self.dtype)
+        alone.mesh = meshes.make_mesh("data=-1", jax.local_devices())
+        return alone
 
     def mixture(
         self, text: str, prepare: Callable[[dict, np.random.Generator], dict], share: float = 1.0
@@ -325,7 +343,15 @@ class Task(abc.ABC):
             mean = jnp.mean(tokens, axis=1, where=mask[..., None]).astype(jnp.float32)
             return mean / jnp.linalg.norm(mean, axis=-1, keepdims=True)
 
-        return in_batches(encode, (ids, mask), 64, "sentence embeddings")
+        return in_batches(Layout(meshes.one_device(), 64), encode, (ids, mask), "sentence embeddings")
+
+    def evaluation_layout(self) -> Layout:
+        """How batches of evaluation lie on the mesh of a run, or on one device.
+
+        Raises:
+          ValueError: config.evaluation.batch_size does not divide over the mesh.
+        """
+        return Layout(self.mesh or meshes.one_device(), self.config.evaluation.batch_size)
 
     def evaluation_pictures(self) -> dict[str, Pictures]:
         """The sources of config.data.eval, each evaluated by itself."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -13,14 +15,15 @@ import numpy as np
 from blip2_jax import compat, decoding, params
 from blip2_jax.checkpoints.bert import has_language_head
 from blip2_jax.data.mixture import parse_mixture
-from blip2_jax.data.pipeline import Batch, Part, Pictures, evaluation_batches
+from blip2_jax.data.pipeline import Batch, Part, Pictures
 from blip2_jax.data.records import BadRecord, Source
 from blip2_jax.data.text import clean_caption, log_frequencies
 from blip2_jax.evaluation import retrieval
-from blip2_jax.evaluation.batches import in_batches
+from blip2_jax.evaluation.batches import Layout, Reading, in_batches
 from blip2_jax.models.blip2 import ImageTextModel
+from blip2_jax.monitoring.progress import progress
 from blip2_jax.parallel.exchange import EXCHANGES
-from blip2_jax.tasks.common import Task
+from blip2_jax.tasks.common import Metrics, Task
 from blip2_jax.tasks.stage1_batches import Stage1Batches
 from blip2_jax.tasks.stage1_loss import Stage1Loss
 
@@ -184,39 +187,103 @@ class Stage1(Task):
 
         return self.model.apply({"params": trainable}, image_embeds.astype(jnp.float32), ids, mask, method=method)
 
+    @functools.cached_property
+    def _validation(self) -> Callable[[params.Tree, Batch, jax.Array], Metrics]:
+        """The losses of a batch, every row of which takes part in every term, without dropout."""
+        quiet = dataclasses.replace(self.blip2.qformer, dropout=0.0, attention_dropout=0.0)
+        objective = dataclasses.replace(
+            self.objective,
+            model=ImageTextModel(dataclasses.replace(self.blip2, qformer=quiet)),
+            itm_every=1,
+            itg_every=1,
+            # A mean over ranks would depend on the mesh.
+            switches=dataclasses.replace(self.compat, rank_token_mean=False),
+        )
+
+        @jax.jit
+        def losses(trainable: params.Tree, batch: Batch, number: jax.Array) -> Metrics:
+            key = jax.random.fold_in(jax.random.key(self.config.seed), number)
+            _, metrics = objective.loss(trainable, {}, batch, key)
+            return {name: value for name, value in metrics.items() if name.startswith("loss_")}
+
+        return losses
+
     def evaluate(self, trainable, pictures: Pictures) -> tuple[dict[str, float], list[dict]]:
-        """Retrieval recalls by ITC and re-ranked by ITM; samples are each caption's and each picture's first finds."""
-        size = self.config.evaluation.batch_size
-        examples, image_embeds, image_features, tokens = [], [], [], []
-        for batch_examples, batch in evaluation_batches(pictures, self._evaluation_collate, size):
-            features = np.asarray(self.image_features(trainable, batch["image_embeds"]))
-            real = len(batch_examples)
-            examples += batch_examples
-            image_embeds.append(batch["image_embeds"][:real])
-            image_features.append(features[:real])
-            tokens.append((batch["text_ids"][:real], batch["text_mask"][:real]))
-        embeds, features = np.concatenate(image_embeds), np.concatenate(image_features)
-        captions = [clean_caption(example["caption"], self.config.data.lower_case) for example in examples]
+        """Losses, and retrieval by ITC and re-ranked by ITM; samples are each caption's and each picture's first finds.
+
+        A loss is the mean over the examples of what each has in its batch of config.evaluation.batch_size; ITM's wrong
+        ones are drawn by the same noise every time.
+        """
+        layout = self.evaluation_layout()
+        reading = Reading(layout, pictures, self._evaluation_collate)
+        judges = bool(self.config.evaluation.rerank and self.config.objective.itm)
+        features, losses, tokens = [], [], []
+        for number, (own, batch) in enumerate(reading):
+            features.append(layout.call(self.image_features, trainable, batch["image_embeds"]))
+            losses.append(layout.call(self._validation, trainable, batch, np.int32(number)))
+            if judges:
+                tokens.append(own["image_embeds"])
+        captions = [clean_caption(example["caption"], self.config.data.lower_case) for example in reading.examples]
         gallery = retrieval.gallery(captions)
-        ids, mask = (np.concatenate(parts)[gallery.first] for parts in zip(*tokens, strict=True))
-        encode = lambda ids, mask: self.text_features(trainable, ids, mask)
-        text_features = in_batches(encode, (ids, mask), size, "captions")
-        scores = np.einsum("iqe,te->itq", features, text_features).max(-1)
-        recalls = {"itc": retrieval.both_directions(scores, gallery.relevant)}
-        top, rule = self.config.evaluation.rerank, self.config.evaluation.rerank_rule
-        if top and self.config.objective.itm:
-            temperature = float(trainable["temperature"])
+        ids, mask = self.caption_tokenizer(gallery.texts, self.config.data.max_text_tokens)
+        encode = functools.partial(self.text_features, trainable)
+        text_features = in_batches(layout, encode, (ids, mask), "captions")
+        scores = np.einsum("iqe,te->itq", reading.of_examples(features), text_features).max(-1)
+        ranked = {"itc": (scores, scores.T)}
+        if judges:
+            match = functools.partial(self._match_pairs, trainable, layout, reading.numbers, tokens, ids, mask)
+            ranked["itm"] = self._reranked(float(trainable["temperature"]), scores, match)
+        recalls = {
+            by: retrieval.both_directions(of_images, gallery.relevant, of_texts)
+            for by, (of_images, of_texts) in ranked.items()
+        }
+        metrics = _mean_losses(losses, reading.numbers // layout.batch_size)
+        metrics |= {f"retrieval/{path}": value for path, value in params.flatten(recalls).items()}
+        keys = [example["key"] for example in reading.examples]
+        samples = (_retrieval_samples(by, keys, captions, gallery, *found) for by, found in ranked.items())
+        return metrics, list(itertools.chain(*samples))
 
-            def judge(image: np.ndarray, text: np.ndarray) -> np.ndarray:
-                logits = np.asarray(self.match_logits(trainable, embeds[image], ids[text], mask[text]))
-                return retrieval.RULES[rule](logits, scores[image, text], temperature)
+    def _reranked(self, temperature: float, scores, match) -> tuple[np.ndarray, np.ndarray]:
+        """Scores, for images and for texts, when the best by ITC are judged again; `match` gives ITM's logits."""
+        top, rule = self.config.evaluation.rerank, retrieval.RULES[self.config.evaluation.rerank_rule]
 
-            image_scores = retrieval.rerank(scores, judge, top, size, "ITM, captions of an image")
-            text_scores = retrieval.rerank(scores.T, lambda t, i: judge(i, t), top, size, "ITM, images of a caption")
-            recalls["itm"] = retrieval.both_directions(image_scores, gallery.relevant, text_scores)
-        metrics = {f"retrieval/{path}": value for path, value in params.flatten(recalls).items()}
-        keys = [example["key"] for example in examples]
-        return metrics, _retrieval_samples(keys, captions, gallery, scores)
+        def judge(image: np.ndarray, text: np.ndarray, label: str) -> np.ndarray:
+            return rule(match(image, text, label), scores[image, text], temperature)
+
+        of_images = retrieval.rerank(scores, lambda i, t: judge(i, t, "ITM, captions of an image"), top)
+        of_texts = retrieval.rerank(scores.T, lambda t, i: judge(i, t, "ITM, images of a caption"), top)
+        return of_images, of_texts
+
+    def _match_pairs(self, trainable, layout: Layout, numbers, tokens, ids, mask, image, text, label) -> np.ndarray:
+        """ITM's logits of pairs of an image and a caption, float32[N, 2].
+
+        Every pair is judged where its image was read, so that no process has to have the tokens of all images.
+
+        Args:
+          trainable: the parameters.
+          layout: of the batches in which images were read, and in which pairs are judged.
+          numbers: int[images], which record each image is.
+          tokens: [b, P, D] of every batch, those of this process.
+          ids: int32[texts, T], the captions, with their `mask`.
+          mask: bool[texts, T].
+          image: int[N], of each pair.
+          text: int[N].
+          label: of the progress bar.
+        """
+        size, logits = layout.batch_size, np.zeros((len(image), 2), np.float32)
+        dealt = layout.deal(layout.shard(numbers[image]))
+        for chosen in progress(dealt, desc=label, unit="batch", leave=False):
+            own = chosen[layout.rows]
+            # Where there is no pair, any image of this process with any caption.
+            record = np.where(own < 0, layout.rows, numbers[image[own]])
+            batch = {
+                "image_embeds": np.stack([tokens[n // size][np.searchsorted(layout.rows, n % size)] for n in record]),
+                "text_ids": ids[text[own]],
+                "text_mask": mask[text[own]],
+            }
+            found = layout.call(self.match_logits, trainable, *layout.place(batch).values())
+            logits[chosen[chosen >= 0]] = found[chosen >= 0]
+        return logits
 
     def _evaluation_collate(self, examples: Sequence[dict]) -> Batch:
         return self.batches.collate([self.batches.prepare_caption(example) for example in examples])
@@ -230,6 +297,12 @@ def _captions(source: Source, index: int) -> list[str]:
         return []
 
 
+def _mean_losses(losses: Sequence[dict[str, np.ndarray]], batches: np.ndarray) -> dict[str, float]:
+    """Of the losses of batches the mean over examples, whose batches are int[N]."""
+    weights = np.bincount(batches, minlength=len(losses)) / len(batches)
+    return {name: float(sum(weights * [loss[name] for loss in losses])) for name in losses[0]}
+
+
 def _every(name: str, share: float) -> int:
     """A share of the rows as every n-th row."""
     step = round(1 / share) if 0 < share <= 1 else 0
@@ -240,16 +313,17 @@ def _every(name: str, share: float) -> int:
     return step
 
 
-def _retrieval_samples(keys, captions, gallery, scores, shown: int = 5) -> list[dict]:
-    """For each caption the pictures that ITC finds first, for each picture the captions, as the report shows them."""
+def _retrieval_samples(by, keys, captions, gallery, scores, text_scores, shown: int = 5) -> list[dict]:
+    """For each caption the pictures found first, for each picture the captions, as the report shows them."""
     samples = []
-    for text, order in enumerate(retrieval.ranking(scores.T)[:, :shown]):
+    for text, order in enumerate(retrieval.ranking(text_scores)[:, :shown]):
         found = [keys[image] for image in order]
         right = [bool(gallery.relevant[image, text]) for image in order]
-        samples.append({"kind": "text_to_image", "text": gallery.texts[text], "found": found, "right": right})
+        sample = {"kind": "text_to_image", "by": by, "text": gallery.texts[text]}
+        samples.append(sample | {"found": found, "right": right})
     for image, order in enumerate(retrieval.ranking(scores)[:, :shown]):
         found = [gallery.texts[text] for text in order]
         right = [bool(gallery.relevant[image, text]) for text in order]
-        sample = {"kind": "image_to_text", "key": keys[image], "text": captions[image]}
+        sample = {"kind": "image_to_text", "by": by, "key": keys[image], "text": captions[image]}
         samples.append(sample | {"found": found, "right": right, "similarity": float(scores[image].max())})
     return samples

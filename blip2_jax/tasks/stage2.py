@@ -15,16 +15,19 @@ import numpy as np
 
 from blip2_jax import compat, decoding, params
 from blip2_jax.checkpoints import frozen, language
-from blip2_jax.data.pipeline import Batch, Part, Pictures, evaluation_batches
+from blip2_jax.data.pipeline import Batch, Part, Pictures
 from blip2_jax.data.text import LanguageTokenizer, clean_caption
 from blip2_jax.decoding import Draws, GenerationConfig
 from blip2_jax.evaluation import captioning
+from blip2_jax.evaluation.batches import Layout, Reading, in_batches
 from blip2_jax.models.blip2 import SoftPromptModel
 from blip2_jax.models.language.t5 import T5
-from blip2_jax.monitoring.progress import progress
+from blip2_jax.parallel import gathering
 from blip2_jax.tasks.common import Metrics, Task
 from blip2_jax.tasks.stage2_batches import Stage2Batches
-from blip2_jax.tasks.stage2_loss import Stage2Loss, Texts
+from blip2_jax.tasks.stage2_loss import Stage2Loss
+
+_TEXTS = ("prompt_ids", "prompt_mask", "target_ids", "target_mask")
 
 
 class Stage2(Task):
@@ -171,9 +174,14 @@ class Stage2(Task):
         if not self.writes:
             what = "InstructBLIP" if self.config.instruct else f"{type(self.language_model).__name__} as config.llm"
             raise ValueError(f"{what}: import, export, inspection and training are there, generation not yet")
-        length = max(len(self.tokenizer.encode_prompt(prompt)) for prompt in prompts)
-        ids, mask = self.tokenizer.prompts(prompts, length)
-        tokens = self._write(self._language, soft_prompt, ids, mask, config, draws)
+        return self._texts(self._write(self._language, soft_prompt, *self._prompts(prompts), config, draws))
+
+    def _prompts(self, prompts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Their tokens int32[B, T], as many as the longest has, and bool[B, T] where there are some."""
+        return self.tokenizer.prompts(prompts, max(len(self.tokenizer.encode_prompt(prompt)) for prompt in prompts))
+
+    def _texts(self, tokens: jax.Array | np.ndarray) -> list[str]:
+        """From int32[B, N]."""
         return [self.tokenizer.decode(row).strip() for row in np.asarray(tokens)]
 
     def captions(self, trainable, image_embeds, config, draws):
@@ -186,26 +194,27 @@ class Stage2(Task):
 
         Of a language model that cannot be decoded from (`writes`) the losses alone, and no samples.
         """
-        size, data = self.config.evaluation.batch_size, self.config.data
-        examples, soft_prompts, texts = [], [], []
-        for batch_examples, batch in evaluation_batches(pictures, self._evaluation_collate, size):
+        layout = self.evaluation_layout()
+        reading = Reading(layout, pictures, self._evaluation_collate)
+        soft_prompts, texts = [], []
+        for _, batch in reading:
             instruction = {name: batch[name] for name in batch if name.startswith("instruction_")}
-            soft_prompts.append(np.asarray(self._soft_prompt(trainable, batch["image_embeds"], instruction)))
-            texts.append(self.objective.texts(batch))
-            examples += batch_examples
-        captions = [clean_caption(example["caption"], data.lower_case) for example in examples]
-        true, shuffled = self._true_and_shuffled_loss(np.concatenate(soft_prompts), texts, captions)
+            soft_prompts.append(layout.call(self._soft_prompt, trainable, batch["image_embeds"], instruction))
+            texts.append(gathering.whole({name: batch[name] for name in _TEXTS}))
+        captions = [clean_caption(example["caption"], self.config.data.lower_case) for example in reading.examples]
+        soft_prompt = reading.of_examples(soft_prompts)
+        texts = {name: reading.of_examples([text[name] for text in texts]) for name in texts[0]}
+        true, shuffled = self._true_and_shuffled_loss(layout, soft_prompt, texts, captions)
         metrics = {"caption/loss": true, "caption/shuffled_image_loss_increase": shuffled - true}
         if not self.writes:
             return metrics, []
-        written, samples = self._written(soft_prompts, examples, captions)
+        written, samples = self._written(layout, soft_prompt, reading.examples, captions)
         return written | metrics, samples
 
-    def _written(self, soft_prompts, examples, captions) -> tuple[dict[str, float], list[dict]]:
+    def _written(self, layout: Layout, soft_prompt, examples, captions) -> tuple[dict[str, float], list[dict]]:
         """What is written for the pictures of some examples, judged."""
         data = self.config.data
-        write = lambda prompt, tokens: self._write_all(soft_prompts, len(examples), prompt, tokens)
-        generated = write(data.prompt, self.config.evaluation.max_new_tokens)
+        generated = self._write_all(layout, soft_prompt, data.prompt, self.config.evaluation.max_new_tokens)
         scores = captioning.score(generated, [[caption] for caption in captions])
         metrics = {f"caption/{name}": value for name, value in scores.items()}
         samples = [
@@ -213,7 +222,7 @@ class Stage2(Task):
             for example, caption, text in zip(examples, captions, generated, strict=True)
         ]
         if data.questions and all("category" in example for example in examples):
-            answers = write(data.question, data.max_answer_tokens)
+            answers = self._write_all(layout, soft_prompt, data.question, data.max_answer_tokens)
             right = [answer == example["category"] for answer, example in zip(answers, examples, strict=True)]
             metrics["question/accuracy"] = float(np.mean(right))
             for sample, example, answer in zip(samples, examples, answers, strict=True):
@@ -223,31 +232,30 @@ class Stage2(Task):
     def _evaluation_collate(self, examples: Sequence[dict]) -> Batch:
         return self.batches.collate([self.batches.prepare_caption(example) for example in examples])
 
-    def _write_all(self, soft_prompts: list[np.ndarray], count: int, prompt: str, tokens: int) -> list[str]:
-        texts = []
-        for part in progress(soft_prompts, desc=f"writing behind {prompt!r}", unit="batch", leave=False):
-            texts += self.generate(part, [prompt] * len(part), GenerationConfig(tokens))
-        return texts[:count]
+    def _write_all(self, layout: Layout, soft_prompt: np.ndarray, prompt: str, tokens: int) -> list[str]:
+        """Greedily, a text for each soft prompt float32[N, Q, D]."""
+        ids, mask = self._prompts([prompt] * len(soft_prompt))
+        write = lambda *inputs: self._write(self._language, *inputs, GenerationConfig(tokens), None)
+        return self._texts(in_batches(layout, write, (soft_prompt, ids, mask), f"writing behind {prompt!r}"))
 
-    def _count_nats(self, language, soft_prompt, texts: Texts) -> tuple[jax.Array, jax.Array]:
-        """Sum of the losses of the tokens that count, and their number."""
+    def _count_nats(self, language, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        """Sum of the losses of the tokens that count, and their number, of soft prompts and texts."""
+        texts = self.objective.texts(batch)
         weights = texts.counts.astype(jnp.float32)
-        return self.objective.language_loss(language, soft_prompt, texts, weights), weights.sum()
+        return self.objective.language_loss(language, batch["soft_prompt"], texts, weights), weights.sum()
 
-    def _true_and_shuffled_loss(self, soft_prompts, texts: list[Texts], captions) -> tuple[float, float]:
+    def _true_and_shuffled_loss(self, layout: Layout, soft_prompt, texts: Batch, captions) -> tuple[float, float]:
         """Nats a target token with each caption's own picture, and with another's: half the set further on."""
-        count, size = len(captions), len(texts[0].ids)
+        count = len(captions)
         other = np.roll(np.arange(count), count // 2)
         if count < 2 or all(captions[i] == captions[j] for i, j in enumerate(other)):
             raise ValueError("the loss with shuffled images needs at least two different captions")
 
-        def mean_loss(order: np.ndarray, label: str) -> float:
-            order = np.pad(order, (0, len(texts) * size - count))
+        def mean_loss(soft_prompt: np.ndarray, label: str) -> float:
             total = tokens = 0.0
-            for number, part in enumerate(progress(texts, desc=label, unit="batch", leave=False)):
-                prompts = soft_prompts[order[number * size : (number + 1) * size]]
-                loss, there = self._nats(self._language, prompts, part)
+            for batch in layout.batches(texts | {"soft_prompt": soft_prompt}, label):
+                loss, there = layout.call(self._nats, self._language, batch)
                 total, tokens = total + float(loss), tokens + float(there)
             return total / tokens
 
-        return mean_loss(np.arange(count), "loss"), mean_loss(other, "loss with shuffled images")
+        return mean_loss(soft_prompt, "loss"), mean_loss(soft_prompt[other], "loss with shuffled images")

@@ -73,9 +73,7 @@ def write(file: pathlib.Path, found: Iterable[Record]) -> None:
 
 
 def train(folder: pathlib.Path, seed: int, source: str, *options: str) -> None:
-    """Stage 1 of nano in a folder, unless it is there."""
-    if (folder / "report.html").exists():
-        return
+    """Stage 1 of nano in a folder, or what is left of it."""
     common = [f"--workdir={folder}", f"--config.seed={seed}", f"--config.data.train={source}"]
     call("main", "--config=configs/stage1.py", *common, *options)
 
@@ -98,8 +96,8 @@ def run(folder: pathlib.Path, seed: int) -> None:
     """Everything of a seed; what was measured goes to summary.json."""
     write(folder / "noisy.arrayrecord", shuffle(records("nano:train"), seed))
     noisy = f"arrayrecord:{folder / 'noisy.arrayrecord'}"
-    alone = ("--config.total_steps=50", "--config.objective.itm=0", "--config.objective.itg=0", "--config.data.eval=")
-    train(folder / "early", seed, noisy, *alone)
+    alone = ("total_steps=50", "objective.itm=0", "objective.itg=0", "evaluation.rerank=0", "data.eval=")
+    train(folder / "early", seed, noisy, *(f"--config.{setting}" for setting in alone))
     train(folder / "noisy", seed, noisy)
     checkpoints, summary, threshold = {"trained": folder / "noisy", "early": folder / "early"}, {}, 0.0
     for name, checkpoint in checkpoints.items():

@@ -37,7 +37,7 @@ case $2 in
     folder=$output/without_begin
     main --config=configs/stage2.py --workdir="$folder/stage2" --config.init="$output/seed_0/stage1" --config.data.begin=
     measure "$folder" --checkpoint "$output/seed_0/stage1" --checkpoint "$folder/stage2"
-    run without_itm nano "" --config.objective.itm=0
+    run without_itm nano "" "--config.objective.itm=0 --config.evaluation.rerank=0"
     run without_itg nano "" --config.objective.itg=0
     run random_encoder nano --config.vision=random:0 ""
     run without_diversity nano "" --config.objective.diversity=0

@@ -105,11 +105,26 @@ def test_shares_of_rows():
 
 def test_evaluation_shows_everything_once_in_order_and_masks_the_rest():
     pictures = Pictures("a", Squares(), View(4))
-    batches = list(pipeline.evaluation_batches(pictures, pipeline.collate_images, 4))
-    assert [len(examples) for examples, _ in batches] == [4, 4, 2]
-    assert batches[-1][1]["example_mask"].tolist() == [True, True, False, False]
-    assert [e["key"] for examples, _ in batches for e in examples] == [str(i) for i in range(10)]
-    assert all(e["caption"].startswith("caption") for examples, _ in batches for e in examples)
+    found, batches = zip(*pipeline.evaluation_batches(pictures, pipeline.collate_images, 4), strict=True)
+    assert [batch["example_mask"].tolist() for batch in batches] == [[True] * 4, [True] * 4, [True, True, False, False]]
+    assert [example["key"] for examples in found for example in examples if example] == [str(i) for i in range(10)]
+    assert found[-1][2:] == [None, None]
+    assert (batches[-1]["image"][2:] == batches[0]["image"][0]).all()
+
+
+@pytest.mark.parametrize("rows", [[0, 1], [2, 3], [1]])
+def test_evaluation_of_some_rows_is_those_of_all(rows):
+    """Also where the last batch, or one that holds nothing usable, has none of them."""
+    pictures = Pictures("a", Faulty(), View(4))
+    whole = list(pipeline.evaluation_batches(pictures, pipeline.collate_images, 4))
+    some = list(pipeline.evaluation_batches(pictures, pipeline.collate_images, 4, rows))
+    assert len(some) == len(whole) == 3
+    for (own, batch), (everything, expected) in zip(some, whole, strict=True):
+        assert list(map(str, own)) == [str(everything[row]) for row in rows]
+        for name in expected:
+            np.testing.assert_array_equal(batch[name], expected[name][rows])
+    assert [isinstance(one, BadRecord) for one in whole[0][0]] == [True, False, False, True]
+    assert whole[0][1]["example_mask"].tolist() == [False, True, True, False]
 
 
 def test_a_batch_off_the_schema_is_an_error():

@@ -107,12 +107,12 @@ PROMISES = [
         then=lambda batches: next(batches).batch,
         gives=batch(3),
     ),
-    # As many examples as there are, and a batch that is filled up.
+    # What is behind the last example is None; the batch is filled up.
     ran(
         pipeline.evaluation_batches,
         *(TOKENS, pipeline.collate_images, 7),
         then=next,
-        gives=([EXAMPLE | {"image_embeds": float16[P, W]}] * N, batch(7)),
+        gives=([EXAMPLE | {"image_embeds": float16[P, W]}] * N + [None] * (7 - N), batch(7)),
     ),
     ran(pipeline.check_batch, batch(3), batch(3), gives=None),
     ran(sources.identify, "text", "a", gives=uint32[2]),

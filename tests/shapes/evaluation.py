@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import jax.numpy as jnp
 import numpy as np
 
 from blip2_jax.evaluation import baselines, batches, retrieval
+from blip2_jax.parallel import mesh
 from tests.shapes.lengths import B, P, T, U, W
-from tests.shapes.promises import bool_, float16, float32, int64, ran
+from tests.shapes.promises import Late, bool_, float16, float32, int64, ran
 
 RECALLS = dict.fromkeys(("r1", "r5", "r10"), float)
 DIRECTIONS = dict.fromkeys(("text_to_image", "image_to_text"), RECALLS)
@@ -18,14 +20,39 @@ RETRIEVAL = [
     ran(retrieval.both_directions, float32[T, U], bool_[T, U], float32[U, T], gives=DIRECTIONS),
     ran(retrieval.chance, bool_[T, U], gives=DIRECTIONS),
     *[ran(rule, *LOGITS, gives=float32[B]) for rule in (retrieval.posterior, retrieval.tempered, retrieval.lavis)],
-    ran(retrieval.rerank, float32[T, U], lambda row, column: np.float32(row + column), 3, 8, "", gives=float32[T, U]),
+    ran(retrieval.rerank, float32[T, U], lambda row, column: np.float32(row + column), 3, gives=float32[T, U]),
     ran(retrieval.gallery, ["a", "b", "a"], gives=retrieval.Gallery([str] * 2, [int] * 2, bool_[3, 2])),
+]
+
+# Of eight rows on one device.
+LAYOUT = Late(lambda _: batches.Layout(mesh.one_device(), 8))
+
+
+def read(layout: batches.Layout) -> batches.Reading:
+    """A pass over a source, every second of whose records could be used."""
+    reading = batches.Reading(layout, None, None)
+    reading.numbers = np.arange(0, B, 2)
+    return reading
+
+
+READING = LAYOUT.then(read)
+
+BATCHES = [
+    ran(batches.Layout.rows.fget, LAYOUT, gives=int64[8]),
+    ran(batches.Layout.place, LAYOUT, {"x": float32[8, T]}, gives={"x": float32[8, T]}),
+    ran(batches.Layout.call, LAYOUT, lambda x: {"sum": jnp.sum(x, 0)}, float32[8, T], gives={"sum": float32[T]}),
+    ran(
+        batches.Layout.batches,
+        *(LAYOUT, {"x": float32[B, T]}, ""),
+        then=list,
+        gives=[{"x": float32[8, T], "example_mask": bool_[8]}] * 3,
+    ),
+    ran(batches.Layout.shard, LAYOUT, np.arange(U), gives=int64[U]),
+    ran(batches.Layout.deal, LAYOUT, np.zeros(B, int), gives=int64[3, 8]),
+    ran(batches.Reading.of_examples, READING, [float32[8, T]] * 3, gives=float32[B // 2, T]),
     ran(
         batches.in_batches,
-        lambda x, y: x[:, :, 0] + y[:, None],
-        (float32[B, T, U], float32[B]),
-        7,
-        "",
+        *(LAYOUT, lambda x, y: x[:, :, 0] + y[:, None], (float32[B, T, U], float32[B]), ""),
         gives=float32[B, T],
     ),
 ]
@@ -61,4 +88,4 @@ BASELINES = [
     ),
 ]
 
-PROMISES = RETRIEVAL + BASELINES
+PROMISES = RETRIEVAL + BATCHES + BASELINES

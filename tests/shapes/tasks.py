@@ -95,6 +95,7 @@ MODEL1 = {"temperature": float32[()], "vision_proj/kernel": float32[W, E], "qfor
 MODEL2 = {"language_projection/kernel": float32[W, M], "qformer/query_tokens": float32[1, Q, W]}
 LANGUAGE = {"language/layers/up/kernel": float32[2, M, 44]}
 RECALLED = {f"retrieval/{by}/{path}": float for by in ("itc", "itm") for path in params.flatten(DIRECTIONS)}
+LOSSES = dict.fromkeys(("loss_itc", "loss_itm", "loss_itg"), float)
 WRITTEN = {f"caption/{name}": float for name in (*CAPTION, "loss", "shuffled_image_loss_increase")}
 
 BOTH_STAGES = [
@@ -146,7 +147,7 @@ FIRST_STAGE = [
         gives=(float32[B], float32[B, 2]),
     ),
     ran(Stage1.captions, STAGE1, FIRST, float32[B, P, W], DRAWN, [DRAWS] * 2, gives=[[str] * 2] * B),
-    ran(Stage1.evaluate, STAGE1, FIRST, SHOWN, then=lambda found: found[0], gives=RECALLED),
+    ran(Stage1.evaluate, STAGE1, FIRST, SHOWN, then=lambda found: found[0], gives=LOSSES | RECALLED),
 ]
 
 SECOND_STAGE = [
@@ -188,7 +189,7 @@ ATTENTION = [
     ran(
         attention.samples,
         *(STAGE1, FIRST, SHOWN, 3),
-        gives=[{"key": str, "caption": str, "weights": float32[Q, P]}] * 3,
+        gives=[{**dict.fromkeys(("kind", "stage", "key", "text"), str), "weights": [[int] * P] * Q}] * 3,
     ),
 ]
 

@@ -41,7 +41,7 @@ NOT_ARRAYS = {
     *("optimizer.decay_table", "tasks.common.Task.rate_table", "tasks.stage1.Stage1.rate_table"),
     # Pictures are encoded bytes, or only spoken of.
     *("tasks.common.Task.source", "tasks.common.Task.view", "tasks.common.Task.feature_plan"),
-    *("tasks.common.Task.filters", "tasks.common.Task.compute_features", "data.features.FeaturePlan.facts"),
+    *("tasks.common.Task.filters", "data.features.FeaturePlan.facts"),
     *("data.pipeline.order_identity", "data.pipeline.check_order"),
     # A protocol.
     *("tasks.common.Batches.collate", "tasks.common.Batches.schema"),
@@ -50,6 +50,7 @@ NOT_ARRAYS = {
     *("tasks.create", "tasks.stage1.Stage1.objective", "tasks.stage2.Stage2.objective"),
     *("tasks.stage1.Stage1.batches", "tasks.stage2.Stage2.batches", "data.features.batch_dtype"),
     *("tasks.common.Task.caption_tokenizer", "tasks.stage2.Stage2.tokenizer"),
+    "tasks.common.Task.evaluation_layout",
 }
 
 

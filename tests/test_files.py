@@ -2,6 +2,7 @@
 
 import errno
 import os
+import pathlib
 
 import pytest
 
@@ -76,3 +77,87 @@ def test_a_file_takes_the_place_of_another_only_when_all_went_well(tmp_path):
         raise RuntimeError
     assert file.read_text() == "first"
     assert list(file.parent.iterdir()) == [file]
+
+
+MOUNTS = r"""
+22 27 0:21 / /proc rw,relatime - proc proc rw
+27 1 254:0 / / rw,relatime - ext4 /dev/root rw
+40 27 0:50 / /mnt/my\040bucket rw,nosuid - fuse.gcsfuse blip2 rw,user_id=0
+41 27 0:51 / /mnt/my\040bucket/scratch rw - ext4 /dev/sdb rw
+42 27 0:52 / /s3 rw - fuse mountpoint-s3 rw
+43 27 8:17 / /ntfs rw - fuseblk /dev/sdc rw
+""".strip()
+
+
+@pytest.mark.parametrize(
+    ("folder", "expected"),
+    [
+        ("/mnt/my bucket/runs/s1", True),
+        ("/mnt/my bucket", True),
+        ("/mnt/my bucket/scratch/runs", False),
+        ("/mnt/my", False),
+        ("/s3/runs", True),
+        ("/s3runs", False),
+        ("/ntfs/runs", False),
+    ],
+)
+def test_buckets_are_known_by_how_they_are_mounted(tmp_path, folder, expected):
+    (tmp_path / "mountinfo").write_text(MOUNTS)
+    assert files.in_object_store(pathlib.Path(folder), tmp_path / "mountinfo") == expected
+
+
+def test_a_temporary_folder_is_no_bucket(tmp_path):
+    assert not files.in_object_store(tmp_path)
+    assert not files.in_object_store(tmp_path, tmp_path / "no such file")
+
+
+@pytest.fixture
+def impatient(monkeypatch):
+    monkeypatch.setattr(files, "PATIENCE", (0.0, 0.0))
+
+
+def test_what_fails_for_a_while_is_tried_again(impatient, capsys):
+    left = iter([OSError("busy"), OSError("still busy"), None])
+
+    def attempt():
+        trouble = next(left)
+        if trouble:
+            raise trouble
+        return "done"
+
+    assert files.patiently(attempt, "the disk") == "done"
+    assert "the disk: still busy; trying again in 0 s" in capsys.readouterr().err
+
+
+def test_what_keeps_failing_is_an_error(impatient):
+    def attempt():
+        raise OSError("broken")
+
+    with pytest.raises(OSError, match="broken"):
+        files.patiently(attempt, "the disk")
+
+
+def test_a_line_that_fails_half_way_is_not_there(tmp_path, impatient):
+    lines = files.Appender(tmp_path / "rows.jsonl", "first\n")
+    lines.append("second")
+    stream, lines._stream = lines._stream, None
+
+    class Full:
+        """Takes three bytes of a line, and no more."""
+
+        def __getattr__(self, name):
+            return getattr(stream, name)
+
+        def write(self, rest):
+            if len(rest) > 3 and rest.startswith(b"t"):
+                return stream.write(rest[:3])
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    lines._stream = Full()
+    with pytest.raises(OSError, match="No space"):
+        lines.append("third")
+    assert (tmp_path / "rows.jsonl").read_text() == "first\nsecond\n"
+    lines._stream = stream
+    lines.append("third")
+    lines.close()
+    assert (tmp_path / "rows.jsonl").read_text() == "first\nsecond\nthird\n"

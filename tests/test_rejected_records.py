@@ -127,9 +127,9 @@ def test_a_resumed_run_counts_the_same(recipe, own_cache, tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         look = trainer.Run._look_at
 
-        def stop(run, number, *rest, **more):
-            look(run, number, *rest, **more)
-            if number == 8:
+        def stop(run, done, *rest, **more):
+            look(run, done, *rest, **more)
+            if done.number == 8:
                 raise KeyboardInterrupt
 
         patch.setattr(trainer.Run, "_look_at", stop)

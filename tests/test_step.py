@@ -157,10 +157,13 @@ def test_a_checkpoint_brings_everything_back_to_its_place(tmp_path):
         for poison in (1.0, np.nan):
             state, _ = step(state, FROZEN, batch(0, poison))
     store, data = Store(tmp_path / "checkpoints"), {"rejected": {"missing": 3}}
-    store.save(state, data, {}, {})
+    store.save(state, data=data, config={}, frozen={}, metrics=[{"step": 1, "loss": 0.5}])
+    assert store.settle() is None
     _, fresh, _, _ = start()
     restored = store.restore(fresh)
-    assert store.data_facts() == data
+    assert store.facts("data") == data
+    assert store.facts("metrics") == [{"step": 1, "loss": 0.5}]
+    assert store.facts("weather") is None
     store.close()
     chex.assert_trees_all_equal(host(restored), host(state))
     assert host(restored.skipped).tolist() == [1, 1]
@@ -172,14 +175,15 @@ def test_a_checkpoint_from_before_steps_were_counted_is_read(tmp_path, monkeypat
     with jax.set_mesh(mesh):
         state, _ = step(state, FROZEN, batch(0))
     store = Store(tmp_path / "checkpoints")
-    save = store._checkpointer.save_checkpointables
+    save = store._checkpointer.save_checkpointables_async
 
     def as_before(number, parts, **options):
         run = {name: parts["run"][name] for name in ("step", "rng")}
-        save(number, parts | {"run": run}, **options)
+        return save(number, parts | {"run": run}, **options)
 
-    monkeypatch.setattr(store._checkpointer, "save_checkpointables", as_before)
-    store.save(state, {}, {}, {})
+    monkeypatch.setattr(store._checkpointer, "save_checkpointables_async", as_before)
+    store.save(state)
+    assert store.settle() is None
     _, fresh, _, _ = start()
     restored = store.restore(fresh)
     store.close()

@@ -12,7 +12,7 @@ import numpy as np
 
 from blip2_jax import files
 from blip2_jax.data.records import REASONS
-from blip2_jax.monitoring.metrics import read_metrics
+from blip2_jax.monitoring.metrics import until
 from blip2_jax.parallel import processes
 
 _ENOUGH = 1000  # Records, before a share of them says something.
@@ -30,21 +30,21 @@ class Rejects:
           limit: share of the records read past which the run ends.
           known: rejects by reason up to that step, of all processes.
         """
-        number = jax.process_index()
-        self._file = workdir / (f"rejects-{number}.jsonl" if number else "rejects.jsonl")
-        # There may have been more processes before.
-        for file in workdir.glob("rejects*.jsonl") if number == 0 else [self._file]:
-            rows = [row for row in read_metrics(file) if row["step"] <= step]
-            files.write_text(file, "".join(json.dumps(row) + "\n" for row in rows))
-        self._stream = self._file.open("a")
+        number, count = jax.process_index(), jax.process_count()
+        names = ["rejects.jsonl", *(f"rejects-{other}.jsonl" for other in range(1, count))]
+        self._file = workdir / names[number]
+        # There may have been more processes before, whose files nobody else cuts back.
+        for file in set(workdir.glob("rejects-*.jsonl")) if number == 0 else ():
+            if file.name not in names:
+                files.write_text(file, until(file, step))
+        self._lines = files.Appender(self._file, until(self._file, step))
         self._limit, self._known, self._own = limit, Counter(known), Counter()
 
     def add(self, step: int, rejects: Sequence[Mapping[str, str]]) -> None:
         """What the batch of a finished step left out."""
         for reject in rejects:
-            self._stream.write(json.dumps({"step": step, **reject}) + "\n")
+            self._lines.append(json.dumps({"step": step, **reject}))
             self._own[reject["reason"]] += 1
-        self._stream.flush()
 
     def by_reason(self) -> dict[str, int]:
         """Their numbers since the run began, of all processes, which have to ask together."""
@@ -62,4 +62,4 @@ class Rejects:
             )
 
     def close(self) -> None:
-        self._stream.close()
+        self._lines.close()

@@ -114,7 +114,8 @@ class Keep:
         return policies.AnyPreservationPolicy(parts)
 
     def _score(self, metrics: dict[str, float]) -> float:
-        score = metrics[self.best.removeprefix("-")]
+        # An older one may have been judged by another metric.
+        score = metrics.get(self.best.removeprefix("-"), math.nan)
         return -math.inf if math.isnan(score) else -score if self.best.startswith("-") else score
 
     def metrics(self, evaluated: Mapping[str, float]) -> dict[str, float] | None:

@@ -85,6 +85,12 @@ def test_the_best_so_far_is_known_after_a_restart(tmp_path):
     assert saved(tmp_path, 3, 4, keep=keep, evaluated={3: {"eval/r1": 0.8}, 4: {"eval/r1": 0.7}}) == [1, 4]
 
 
+def test_the_best_may_be_judged_by_another_metric_afterwards(tmp_path):
+    saved(tmp_path, 1, 2, keep=Keep(1, best="eval/r1"), evaluated={1: {"eval/r1": 0.9}, 2: {"eval/r1": 0.1}})
+    keep, evaluated = Keep(1, best="-eval/loss"), {3: {"eval/loss": 0.2}, 4: {"eval/loss": 0.3}}
+    assert saved(tmp_path, 3, 4, keep=keep, evaluated=evaluated) == [3, 4]
+
+
 def test_a_metric_that_nobody_measures_is_named(tmp_path):
     with pytest.raises(ValueError, match="keep_best: no evaluation measures 'eval/r2'; measured are eval/r1"):
         saved(tmp_path, 1, keep=Keep(1, best="eval/r2"), evaluated={1: {"eval/r1": 0.1}})

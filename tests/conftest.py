@@ -8,6 +8,7 @@ import math
 import os
 import pathlib
 import re
+import signal
 import tempfile
 
 # Before jax starts: eight devices, so that meshes can be tested anywhere.
@@ -34,7 +35,11 @@ from tests import processes, tiny
 jax.config.update("jax_num_cpu_devices", int(os.environ.get("JAX_NUM_CPU_DEVICES", 8)))
 cluster.join(None)  # One of several, if `--processes` has started it.
 # Runs that are resumed and repeated compile the same programs.
-jax.config.update("jax_compilation_cache_dir", tempfile.mkdtemp(prefix="blip2_jax_compiled_"))
+_compiled = tempfile.TemporaryDirectory(prefix="blip2_jax_compiled_", ignore_cleanup_errors=True)
+jax.config.update("jax_compilation_cache_dir", _compiled.name)
+# A shell that is no terminal's lets what it starts in the background, and all its children, ignore Ctrl-C.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_addoption(parser):

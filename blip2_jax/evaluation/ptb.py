@@ -12,6 +12,7 @@ of rules that reach equally far the first.
 from __future__ import annotations
 
 import re
+import struct
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -72,7 +73,7 @@ _WITH_SLASH = r"[A-Za-z0-9]+(?:-[A-Za-z]+){0,2}(?:\\?/[A-Za-z0-9]+(?:-[A-Za-z]+)
 # Abbreviations. After those of _ENDING a sentence may end, which lets them look two characters ahead.
 _US = _one_of(r"(?:Canada|Sino|Korean|EU|Japan|non)-U\.S U\.S\.-(?:U\.K|U\.S\.S\.R)")
 _INITIALS = rf"(?:{_US}|[A-Za-z](?:\.[A-Za-z])*)"
-_HYPHENED = rf"[A-Za-z0-9][A-Za-z0-9.,\u00ad]*(?:-(?:(?:{_US}|[A-Za-z](?:\.[A-Za-z])+)\.|[A-Za-z0-9\u00ad]+))+"
+_HYPHENED = rf"[A-Za-z0-9][A-Za-z0-9.,\u00ad]*(?:-(?:[A-Za-z](?:\.[A-Za-z])+\.|[A-Za-z0-9\u00ad]+))+"
 _ENDING = (
     rf"(?:{_any_case('pp?t')}[ye]{_any_case('s?')}|{_capitalised('Az Ark Del Ill La Mass Miss Ore Pa Tex Wash')}|"
     + _one_of(
@@ -109,7 +110,7 @@ _PHONES = (
     r"[0-9]{3,4}[\- \u00a0]?[0-9]{3,5}",
     r"(?:(?:\+\+?)?[0-9]{2,4}\.)?[0-9]{2,4}\.[0-9]{3,4}\.[0-9]{3,5}",
 )
-_CURRENCY = r"[\u0080\u00a2-\u00a5\u060b\u0e3f\u20a0\u20a4\u20aa\u20ac\u20b9\uffe0\uffe1\uffe5\uffe6]"
+_CURRENCY = r"[\u0080\u00a2-\u00a5\u060b\u0e3f\u20a0\u20a4\u20ac\uffe0\uffe1\uffe5\uffe6]"
 
 # The web.
 _NAME = r"[A-Za-z][A-Za-z0-9_:.\-]*"
@@ -258,33 +259,47 @@ _RULES = (
     _rule(rf"<<|>>|[\u2044+%&~^|\\{_SYMBOLS}]"),
     _rule(rf"{_SPACE}+|{_any_case('&nbsp;')}", None),
 )
-# A word that only rules of words match, and they alike.
-_COMMON = re.compile(rf"(?!(?:{_one_of(_TWO_IN_ONE)})[ \n])[A-Za-z]+(?=[ \n])")
+# Between plain spaces most is what only rules of words match, and they alike, so that the rules need not be tried.
+_SPACES = re.compile(rf"(?:[ \t]{_SPACE}*)?")
+_ONE_WORD = rf"(?!{_one_of(_TWO_IN_ONE)}\b)[A-Za-z]+"
+_COMMON = re.compile(rf"{_ONE_WORD}(?=,?[ \n])|[.,](?=\n)")
+_COMMON_BEFORE_STOP = re.compile(rf"(?!{_ENDING}|{_LEADING}\.|{_BEFORE_NUMBER}){_ONE_WORD}(?=\.[ \n])")
 _LINE_ENDS = re.compile(r"[\n\r\u000b\u000c\u0085\u2028\u2029]")
+_ASTRAL = re.compile(r"[^\u0000-\uffff]")
 
 
 def _tokens(text: str) -> Iterator[str]:
     """Tokens as the treebank has them, and "\n" for each end of a line."""
     place = 0
-    while place < len(text):
-        if common := _COMMON.match(text, place):
+    while (place := _SPACES.match(text, place).end()) < len(text):
+        if common := _COMMON.match(text, place) or _COMMON_BEFORE_STOP.match(text, place):
             yield common[0]
             place = common.end()
         elif text[place] == "\n":
             yield "\n"
             place += 1
+        elif (longest := _longest(text, place)) is None:
+            place += 1  # A character that it does not know.
         else:
-            found, rule = None, None
-            for candidate in _RULES:
-                match = candidate.pattern.match(text, place)
-                if match and (found is None or match.end() > found.end()):
-                    found, rule = match, candidate
-            if found is None:
-                place += 1  # A character that it does not know.
-                continue
+            found, rule = longest
             place = found.end(1) - rule.given_back
             if rule.token:
                 yield rule.token(text[found.start() : place])
+
+
+def _longest(text: str, place: int) -> tuple[re.Match, _Rule] | None:
+    """The match that reaches farthest, of equal ones the first, and its rule."""
+    best = None
+    for rule in _RULES:
+        found = rule.pattern.match(text, place)
+        if found and (best is None or found.end() > best[0].end()):
+            best = found, rule
+    return best
+
+
+def _surrogates(found: re.Match) -> str:
+    """A character beyond the basic plane as Java has it: two."""
+    return "".join(map(chr, struct.unpack(">2H", found[0].encode("utf-16-be"))))
 
 
 def tokenize(captions: Sequence[str]) -> list[list[str]]:
@@ -295,11 +310,13 @@ def tokenize(captions: Sequence[str]) -> list[list[str]]:
     end lines within a caption count as spaces; there they would give all captions behind them to other pictures. A
     token may hold non-breaking spaces ("1 1/2", "<a b>"), at which BLEU and CIDEr-D split it.
     """
-    text = "\n".join(_LINE_ENDS.sub(" ", caption) for caption in captions)
-    result: list[list[str]] = [[]]
+    text = _ASTRAL.sub(_surrogates, "\n".join(_LINE_ENDS.sub(" ", caption) for caption in captions))
+    lines: list[list[str]] = [[]]
     for token in _tokens(text):
         if token == "\n":
-            result.append([])
-        elif (token := token.lower()) not in PUNCTUATION:
-            result[-1].append(token)
-    return result if captions else []
+            lines.append([])
+        else:
+            lines[-1].append(token.encode("utf-16-be", "surrogatepass").decode("utf-16-be", "replace").lower())
+    # The space of another kind at the end of an address that ends a caption is lost there.
+    split = (" ".join(line).rstrip().split(" ") for line in lines)
+    return [[token for token in line if token and token not in PUNCTUATION] for line in split] if captions else []

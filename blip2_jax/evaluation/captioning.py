@@ -38,8 +38,8 @@ def tokens(
     """
     if not predictions or len(predictions) != len(references):
         raise ValueError(
-            f"captions cannot be scored: {len(predictions)} predictions, {len(references)} sets of references; expected "
-            "as many of the one as of the other, and at least one"
+            f"captions cannot be scored: {len(predictions)} predictions, {len(references)} sets of references; "
+            "expected as many of the one as of the other, and at least one"
         )
     without = [index for index, texts in enumerate(references) if not texts]
     if without:

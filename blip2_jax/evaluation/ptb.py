@@ -73,7 +73,7 @@ _WITH_SLASH = r"[A-Za-z0-9]+(?:-[A-Za-z]+){0,2}(?:\\?/[A-Za-z0-9]+(?:-[A-Za-z]+)
 # Abbreviations. After those of _ENDING a sentence may end, which lets them look two characters ahead.
 _US = _one_of(r"(?:Canada|Sino|Korean|EU|Japan|non)-U\.S U\.S\.-(?:U\.K|U\.S\.S\.R)")
 _INITIALS = rf"(?:{_US}|[A-Za-z](?:\.[A-Za-z])*)"
-_HYPHENED = rf"[A-Za-z0-9][A-Za-z0-9.,\u00ad]*(?:-(?:[A-Za-z](?:\.[A-Za-z])+\.|[A-Za-z0-9\u00ad]+))+"
+_HYPHENED = r"[A-Za-z0-9][A-Za-z0-9.,\u00ad]*(?:-(?:[A-Za-z](?:\.[A-Za-z])+\.|[A-Za-z0-9\u00ad]+))+"
 _ENDING = (
     rf"(?:{_any_case('pp?t')}[ye]{_any_case('s?')}|{_capitalised('Az Ark Del Ill La Mass Miss Ore Pa Tex Wash')}|"
     + _one_of(

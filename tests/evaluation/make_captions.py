@@ -24,24 +24,31 @@ PICTURES = 5000
 # Which pictures each set of scores is of.
 SUBSETS = {"all": (0, PICTURES), "first": (0, 1), "hundred": (0, 100), "thousand": (1000, 2000), "last": (4500, 5000)}
 
-SUBJECTS = """a man;the old woman;two dogs;a cat's owner;Mr. Smith;Mrs. O'Brien;Dr. King Jr.;the U.S. flag;a 10-year-old girl
-;the boys' team;three sheep;somebody;a "stop" sign;an 'open' sign;people;a mother-in-law;the co-op's clerk;St. Bernard dogs
-;a Coca-Cola can;the AT&T logo;R&B singers;an x-ray;a T-shirt;the café's owner;a naïve piñata;“Big Ben”;a ‘tiny’ bird
-;Qur'an readers;Hawai'i surfers;a d'Avignon bridge;J.R.R. Tolkien;the N.Y.P.D.;a B-52;an F/A-18 jet;nobody;he;it;I
-;Prof. Lee;Gov. Brown;an iPhone 6s;a 4x4;the 2nd place runner;No. 5;no. 23;a jack-o'-lantern;rock 'n' roll fans;y'all"""
-VERBS = """is sitting;sits;isn't standing;can't see;cannot find;won't eat;doesn't like;'s holding;they've got;he'd like;it'll rain
-;gonna ride;wanna play;gotta catch;'tis;lemme see;gimme;dunno;rides/drives;and/or walks;looks at;is looking-at;didn’t hold
-;I'm eating;you're watching;we'll share;c'mon and push;is parked next to;was built in 1925 by;costs;reads:;says,;goes...;— jumps —
-;-- runs --;smiles :) at;frowns :( at;winks ;-) at;shouldn't've had;ain't;must've left;let's keep"""
-OBJECTS = """a frisbee;the ball (red);[a kite];{a vase};<b>bold</b>;a $5.00 bill;US$ 3;£5 notes;€20;5¢;50% off;1/2 of a pizza;1 1/2 pies
-;½ cup;3-4 apples;10,000 people;1,234.56;3:30pm;5 p.m. train;9:00 a.m.;12/25/2010;Dec. 25th;the '90s;the 1980s;'80s cars;5'10" tall
-;6" sub;100°F weather;12°C;#1 fan;#sunset;@home;bob@mail.com;http://www.example.com/a?b=c;www.coco.org/x.;flickr.com;photo.jpg
-;IMG_2012.JPG;a C++ book;C# code;vitamin C.;plan B.;the letter A.;Washington D.C.;Inc. signs;etc.;e.g. fruit;i.e. bananas;vs. them
-;St. Louis;Mt. Fuji;5th Ave.;Main St.;approx. two;fig. 3;555-1234;(555) 555-1234;+1 212 555 1234;24/7;M&M's;Ben & Jerry's;B&amp;B
-;&quot;hi&quot;;3 &lt; 4;tom &amp; jerry;a*b;2+2=4;x<3;a_b;~5 ft.;± 2;² tiles;®;™;©;•;日本語;한국어 text;мир;emoji 😀;👍🏽;naïve Ωmega;fiancée
-;cafe\u0301;back\\slash;soft\u00adhyphen;a\u00a0b;thin\u2009space;wide\u3000space;zero\u200bwidth;bom\ufeffhere;non\u2011breaking;a…b;wait…;. . .;....;??;?!;!!!
-;'';``quoted'';"";« ici »;„unten“;‹x›;it’s;O’Reilly’s;the dogs’;rock ’n’ roll;’70s;sh*t;a/c;w/o;9-to-5;self-made;well—known;2–3;Jan. 1
-;Ph.D.s;U.K.;u.s.a.;O.K.;T.V.;tv;A.;I.;10.;v. 2;p. 7;no. x;Corp. office;Bros. circus;the end."""
+SUBJECTS = """
+a man|the old woman|two dogs|a cat's owner|Mr. Smith|Mrs. O'Brien|Dr. King Jr.|the U.S. flag|a 10-year-old girl
+|the boys' team|three sheep|somebody|a "stop" sign|an 'open' sign|people|a mother-in-law|the co-op's clerk
+|St. Bernard dogs|a Coca-Cola can|the AT&T logo|R&B singers|an x-ray|a T-shirt|the café's owner|a naïve piñata
+|“Big Ben”|a ‘tiny’ bird|Qur'an readers|Hawai'i surfers|a d'Avignon bridge|J.R.R. Tolkien|the N.Y.P.D.|a B-52
+|an F/A-18 jet|nobody|he|it|I|Prof. Lee|Gov. Brown|an iPhone 6s|a 4x4|the 2nd place runner|No. 5|no. 23
+|a jack-o'-lantern|rock 'n' roll fans|y'all"""
+VERBS = """
+is sitting|sits|isn't standing|can't see|cannot find|won't eat|doesn't like|'s holding|they've got|he'd like
+|it'll rain|gonna ride|wanna play|gotta catch|'tis|lemme see|gimme|dunno|rides/drives|and/or walks|looks at
+|is looking-at|didn’t hold|I'm eating|you're watching|we'll share|c'mon and push|is parked next to
+|was built in 1925 by|costs|reads:|says,|goes...|— jumps —|-- runs --|smiles :) at|frowns :( at|winks ;-) at
+|shouldn't've had|ain't|must've left|let's keep"""
+OBJECTS = """
+a frisbee|the ball (red)|[a kite]|{a vase}|<b>bold</b>|a $5.00 bill|US$ 3|£5 notes|€20|5¢|50% off|1/2 of a pizza
+|1 1/2 pies|½ cup|3-4 apples|10,000 people|1,234.56|3:30pm|5 p.m. train|9:00 a.m.|12/25/2010|Dec. 25th|the '90s
+|the 1980s|'80s cars|5'10" tall|6" sub|100°F weather|12°C|#1 fan|#sunset|@home|bob@mail.com
+|http://www.example.com/a?b=c|www.coco.org/x.|flickr.com|photo.jpg|IMG_2012.JPG|a C++ book|C# code|vitamin C.
+|plan B.|the letter A.|Washington D.C.|Inc. signs|etc.|e.g. fruit|i.e. bananas|vs. them|St. Louis|Mt. Fuji
+|5th Ave.|Main St.|approx. two|fig. 3|555-1234|(555) 555-1234|+1 212 555 1234|24/7|M&M's|Ben & Jerry's|B&amp;B
+|&quot;hi&quot;|3 &lt; 4|tom &amp; jerry|a*b|2+2=4|x<3|a_b|~5 ft.|± 2|² tiles|®|™|©|•|日本語|한국어 text|мир|emoji 😀
+|👍🏽|naïve Ωmega|fiancée|cafe\u0301|back\\slash|soft\u00adhyphen|a\u00a0b|thin\u2009space|wide\u3000space
+|zero\u200bwidth|bom\ufeffhere|non\u2011breaking|a…b|wait…|. . .|....|??|?!|!!!|''|``quoted''|""|« ici »|„unten“
+|‹x›|it’s|O’Reilly’s|the dogs’|rock ’n’ roll|’70s|sh*t|a/c|w/o|9-to-5|self-made|well—known|2–3|Jan. 1|Ph.D.s
+|U.K.|u.s.a.|O.K.|T.V.|tv|A.|I.|10.|v. 2|p. 7|no. x|Corp. office|Bros. circus|the end."""
 ENDS = [
     "",
     "",
@@ -91,7 +98,7 @@ MASKS = "aeinst'\"-.,:/&$#@()%5 5 '-.,…’“”—é€½"
 
 
 def words(text: str) -> list[str]:
-    return text.replace("\n", "").split(";")
+    return text.replace("\n", "").split("|")
 
 
 def sentence(draw: random.Random) -> str:

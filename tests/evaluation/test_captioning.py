@@ -21,11 +21,15 @@ def pictures():
 
 @pytest.fixture(scope="module")
 def scores(pictures):
-    """Of each subset. The tokens are those of the subset's own lines, as test_ptb.py has those of the whole."""
-    found = {}
+    """Of each subset, the whole from its texts, the others from the tokens of the whole."""
+    texts = [p["prediction"] for p in pictures], [p["references"] for p in pictures]
+    found = {"all": captioning.score(*texts)}
+    tokens = [[text.split(" ") if text else [] for text in p["tokens"]] for p in pictures]
     for name, (first, last) in make_captions.SUBSETS.items():
-        chosen = pictures[first:last]
-        found[name] = captioning.score([p["prediction"] for p in chosen], [p["references"] for p in chosen])
+        if name not in found:
+            subset = [own for own, *_ in tokens[first:last]], [others for _, *others in tokens[first:last]]
+            bleu = {f"bleu_{n}": value for n, value in enumerate(captioning.bleu(*subset), 1)}
+            found[name] = bleu | {"rouge_l": captioning.rouge_l(*subset), "cider": captioning.cider_d(*subset)}
     return found
 
 

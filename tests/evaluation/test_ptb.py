@@ -1,12 +1,13 @@
 """Tokens against those that pycocoevalcap found with Java, recorded by make_captions.py, and some by hand."""
 
+import itertools
 import json
 import lzma
 import pathlib
 
 import pytest
 
-from blip2_jax.evaluation import ptb
+from blip2_jax.evaluation import ptb, ptb_characters
 
 CORPUS = pathlib.Path(__file__).parent.parent / "golden" / "captions" / "corpus.jsonl.xz"
 
@@ -75,11 +76,9 @@ def test_no_captions_have_no_tokens():
 
 
 def test_every_character_of_the_basic_plane_is_in_at_most_one_table():
-    from blip2_jax.evaluation import ptb_characters
-
     ranges = sorted(
         (int(low, 16), int(high or low, 16))
         for table in ptb_characters.TABLES
         for low, _, high in (entry.partition("-") for entry in table.split())
     )
-    assert all(high < low for (_, high), (low, _) in zip(ranges, ranges[1:], strict=False))
+    assert all(high < low for (_, high), (low, _) in itertools.pairwise(ranges))

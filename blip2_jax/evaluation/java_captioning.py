@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 from blip2_jax.evaluation import captioning
 
+NAMES = ("meteor", "spice")
 _MODELS = "stanford-corenlp-3.6.0-models.jar"
 
 
@@ -25,9 +26,9 @@ def absent() -> dict[str, str]:
     """Of the metrics that cannot be computed here, why not."""
     package = _package()
     if package is None:
-        return dict.fromkeys(("meteor", "spice"), "pycocoevalcap is not installed: pip install 'blip2_jax[java]'")
+        return dict.fromkeys(NAMES, "pycocoevalcap is not installed: pip install 'blip2_jax[java]'")
     if shutil.which("java") is None:
-        return dict.fromkeys(("meteor", "spice"), "there is no java on the PATH")
+        return dict.fromkeys(NAMES, "there is no java on the PATH")
     if not (package / "spice" / "lib" / _MODELS).exists():
         command = "python -m pycocoevalcap.spice.get_stanford_models"
         return {"spice": f"{_MODELS} is not there: in {package / 'spice'} run {command}, which downloads it"}
@@ -51,7 +52,7 @@ def score(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> tu
     candidates = {index: [" ".join(caption)] for index, caption in enumerate(predicted)}
     right = {index: [" ".join(caption) for caption in captions] for index, captions in enumerate(known)}
     reasons, scores = absent(), {}
-    for name, compute in (("meteor", _meteor), ("spice", _spice)):
+    for name, compute in zip(NAMES, (_meteor, _spice), strict=True):
         if name not in reasons:
             try:
                 scores[name] = float(compute(right, candidates))

@@ -18,6 +18,8 @@ from typing import NamedTuple
 
 from blip2_jax.evaluation import ptb_characters
 
+VERSION = "1, as Stanford CoreNLP 3.4.1 by way of pycocoevalcap 1.2"
+
 # What pycocoevalcap drops; it lists brackets as well, but in upper case, and so they stay.
 PUNCTUATION = frozenset(("''", "'", "``", "`", ".", "?", "!", ",", ":", "-", "--", "...", ";"))
 

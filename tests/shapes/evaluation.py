@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 import numpy as np
 
-from blip2_jax.evaluation import baselines, batches, retrieval
+from blip2_jax.evaluation import baselines, batches, retrieval, visdial
 from blip2_jax.parallel import mesh
 from tests.shapes.lengths import B, P, T, U, W
 from tests.shapes.promises import Late, bool_, float16, float32, int64, ran
@@ -65,7 +65,8 @@ def known(rows: int, caption: str | type, category: str | type) -> baselines.Kno
 
 TEST, TRAIN = known(3, "a", "b"), known(5, "a", "b")
 ACCURACY, RANDOM = {"question": {"accuracy": float}}, {"retrieval": DIRECTIONS}
-CAPTION = dict.fromkeys(("cider", "exact_match", "token_f1"), float)
+BLEU = ("bleu_1", "bleu_2", "bleu_3", "bleu_4")
+CAPTION = dict.fromkeys((*BLEU, "rouge_l", "cider", "exact_match", "token_f1"), float)
 NEIGHBOUR = {"caption": CAPTION} | ACCURACY | RANDOM
 
 BASELINES = [
@@ -88,4 +89,12 @@ BASELINES = [
     ),
 ]
 
-PROMISES = RETRIEVAL + BATCHES + BASELINES
+RANKED = {"mrr": float, **RECALLS, "mean_rank": float}
+
+DIALOGUES = [
+    ran(visdial.ranks, float32[T, U], gives=int64[T, U]),
+    ran(visdial.sparse, float32[T, U], np.zeros(T, int), gives=RANKED),
+    ran(visdial.ndcg, float32[T, U], np.ones((T, U)), gives=float),
+]
+
+PROMISES = RETRIEVAL + BATCHES + BASELINES + DIALOGUES

@@ -30,7 +30,21 @@ ROOMS = (
 
 # What an annotation may consist of that speaks of no array. A bare dict may hold some.
 PLAIN = {
-    *("str", "int", "float", "bool", "bytes", "None", "dict[", "list", "tuple", "type", "Sequence", "Iterator"),
+    *(
+        "str",
+        "int",
+        "float",
+        "bool",
+        "bytes",
+        "None",
+        "dict[",
+        "list",
+        "tuple",
+        "type",
+        "Sequence",
+        "Iterator",
+        "Tokens",
+    ),
     *("Path", "Image", "Generator", "ConfigDict", "Module", "Device", "Mesh", "AbstractMesh"),
     *("NamedSharding", "PartitionSpec"),
 }
@@ -51,6 +65,8 @@ NOT_ARRAYS = {
     *("tasks.stage1.Stage1.batches", "tasks.stage2.Stage2.batches", "data.features.batch_dtype"),
     *("tasks.common.Task.caption_tokenizer", "tasks.stage2.Stage2.tokenizer"),
     "tasks.common.Task.evaluation_layout",
+    # Texts and numbers of them.
+    *("evaluation.vqa.accuracy", "evaluation.vqa.lemmatizer", "evaluation.results.rows", "evaluation.results.write"),
 }
 
 

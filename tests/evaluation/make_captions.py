@@ -2,6 +2,7 @@
 
     pip install 'blip2_jax[java]'    and a Java, 17 at the last time
     python -m tests.evaluation.make_captions
+    python -m tests.evaluation.make_captions --compare=100000    # Tokens of other captions, recording nothing.
 
 corpus.jsonl.xz has a picture a line: `prediction`, `references`, and `tokens` of the one and the others, joined by
 spaces. scores.json has the scores of all pictures and of some subsets.
@@ -9,6 +10,7 @@ spaces. scores.json has the scores of all pictures and of some subsets.
 
 from __future__ import annotations
 
+import argparse
 import json
 import lzma
 import pathlib
@@ -18,6 +20,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from blip2_jax.data.sources import open_source
+from blip2_jax.evaluation import ptb
 
 FOLDER = pathlib.Path(__file__).parent.parent / "golden" / "captions"
 PICTURES = 5000
@@ -169,16 +172,34 @@ def judge(tokens: Sequence[list[str]]) -> dict[str, float]:
     return {name: float(np.float64(value)) for name, value in scores.items()}
 
 
-def main() -> None:
+def java_tokens(texts: dict[int, list[str]]) -> dict[int, list[str]]:
+    """Of the captions of each picture, joined by spaces."""
     from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
+    return PTBTokenizer().tokenize({key: [{"caption": text} for text in found] for key, found in texts.items()})
+
+
+def compare(count: int, seed: int) -> None:
+    """Print how many captions have other tokens than there: hard ones, and one of every character of two planes."""
+    draw = random.Random(seed)
+    captions = [sentence(draw) for _ in range(count)]
+    ends = "\n\r\u000b\u000c\u0085\u2028\u2029"  # What ends a line there has captions change places.
+    characters = [chr(code) for code in (*range(0xD800), *range(0xE000, 0x20000)) if chr(code) not in ends]
+    captions += [f"xa{c}bx {c} 1{c}2 '{c}b .{c}" for c in characters]
+    found = [" ".join(tokens) for tokens in ptb.tokenize(captions)]
+    there = java_tokens({index: [text] for index, text in enumerate(captions)})
+    differ = [(text, own, there[i][0]) for i, (text, own) in enumerate(zip(captions, found, strict=True))]
+    differ = [trio for trio in differ if trio[1] != trio[2]]
+    for text, own, there in differ[:20]:
+        print(f"{text!r}\n  here  {own!r}\n  there {there!r}")
+    print(f"{len(captions)} captions, {len(differ)} with other tokens")
+
+
+def record() -> None:
     pictures = corpus()
-    predicted = {i: [{"caption": picture["prediction"]}] for i, picture in enumerate(pictures)}
-    right = {i: [{"caption": text} for text in picture["references"]] for i, picture in enumerate(pictures)}
-    for key, found in PTBTokenizer().tokenize(predicted).items():
-        pictures[key]["tokens"] = found
-    for key, found in PTBTokenizer().tokenize(right).items():
-        pictures[key]["tokens"] += found
+    for texts in ([[p["prediction"]] for p in pictures], [p["references"] for p in pictures]):
+        for key, found in java_tokens(dict(enumerate(texts))).items():
+            pictures[key].setdefault("tokens", []).extend(found)
     FOLDER.mkdir(parents=True, exist_ok=True)
     with lzma.open(FOLDER / "corpus.jsonl.xz", "wt", encoding="utf-8", preset=9) as file:
         for picture in pictures:
@@ -187,6 +208,17 @@ def main() -> None:
     scores = {name: judge(tokens[first:last]) for name, (first, last) in SUBSETS.items()}
     (FOLDER / "scores.json").write_text(json.dumps(scores, indent=1) + "\n")
     print(f"{len(tokens)} predictions and {sum(map(len, tokens)) - len(tokens)} references")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--compare", type=int, metavar="N", help="only compare the tokens of N captions made up")
+    parser.add_argument("--seed", type=int, default=1, help="of those")
+    options = parser.parse_args()
+    if options.compare is None:
+        record()
+    else:
+        compare(options.compare, options.seed)
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 
 Those scores come from pycocoevalcap, which runs the PTBTokenizer of Stanford CoreNLP 3.4.1 (2014) with `-preserveLines
 -lowerCase` and drops punctuation. Here are the same tokens without Java. What counts as a word, a number, an
-abbreviation was found by comparing with that program, its oddities included: "sits.then" is one token, "can't" two,
-brackets become "-lrb-" and "-rrb-" and stay, emoji vanish.
+abbreviation was learnt from how that lexer is described and from comparing with it, oddities included: "sits.then" is
+one token, "can't" two, brackets become "-lrb-" and "-rrb-" and stay, emoji vanish.
 
 It is a lexer: at each place the rule that reaches farthest, what it looks ahead at included, makes the next token, and
 of rules that reach equally far the first.
@@ -70,7 +70,8 @@ _WITH_APOSTROPHE = (
 _ELISION = rf"(?:[dDoOlL]{_APOSTROPHE_OR_BACKQUOTE}{_PLAIN})?"
 _COMPOUND = rf"{_ELISION}{_PLAIN}+(?:{_HYPHEN}{_ELISION}{_PLAIN}+)*"
 _WITH_AMPERSAND = rf"[A-Z]+(?:(?:{_any_case('&amp;')}|[+&])[A-Z]+)+"
-_WITH_SLASH = r"[A-Za-z0-9]+(?:-[A-Za-z]+){0,2}(?:\\?/[A-Za-z0-9]+(?:-[A-Za-z]+){0,2}){1,2}"
+_BETWEEN_SLASHES = r"[A-Za-z0-9]+(?:-[A-Za-z]+){0,2}"
+_WITH_SLASH = rf"{_BETWEEN_SLASHES}(?:\\?/{_BETWEEN_SLASHES}){{1,2}}"
 
 # Abbreviations. After those of _ENDING a sentence may end, which lets them look two characters ahead.
 _US = _one_of(r"(?:Canada|Sino|Korean|EU|Japan|non)-U\.S U\.S\.-(?:U\.K|U\.S\.S\.R)")
@@ -79,22 +80,22 @@ _HYPHENED = r"[A-Za-z0-9][A-Za-z0-9.,\u00ad]*(?:-(?:[A-Za-z](?:\.[A-Za-z])+\.|[A
 _ENDING = (
     rf"(?:{_any_case('pp?t')}[ye]{_any_case('s?')}|{_capitalised('Az Ark Del Ill La Mass Miss Ore Pa Tex Wash')}|"
     + _one_of(
-        "Jan Feb Mar Apr Jun Jul Aug Sept? Oct Nov Dec Mon Tues? Wed Thu Thurs Fri Ala Ariz Calif Colo Conn Ct Dak Fla "
-        "Ga Ind Kans? Ky Md Mich Minn Mo Mont Neb Nev Okla Penn Tenn Va Vt Wisc? Wyo Inc Cos? Corp Ltd Plc Rt Bancorp "
-        r"Bhd Assn Univ Intl Sys tel est ext sq Jr Sr Bros (?:Ed|Ph)\.D Blvd Rd Esq etc al seq Bldg"
+        r"Al Ala Apr Ariz Assn Aug Bancorp Bhd Bldg Blvd Bros Calif Colo Conn Corp Cos? Ct Dak Dec (?:Ed|Ph)\.D Esq "
+        "Est Etc Ext Feb Fla Fri Ga Inc Ind Intl Jan Jr Jul Jun Kans? Ky Ltd Mar Md Mich Minn Mo Mon Mont Neb Nev Nov "
+        "Oct Okla Penn Plc Rd Rt Sept? Seq Sq Sr Sys Tel Tenn Thu Thurs Tues? Univ Va Vt Wed Wisc? Wyo"
     )
     + r")\."
 )
 _LEADING = (
     rf"(?:{_INITIALS}|{_any_case('m')}[ft]{_any_case('g')}|{_capitalised('Miss')}|"
     + _one_of(
-        "Mr Mrs Ms Drs? Profs? Sens? Reps? Attys? Lt Col Gen Messrs Govs? Adm Rev Maj Sgt Cpl Pvt Capt Ste? Ave Pres "
-        "Lieut Rt Hon Brig Co?mdr Pfc Spc Supts? Det Mt Ft Adj Adv Asst Assoc Ens Insp Mlle Mme Msgr Sfc vs Alex Wm "
-        r"Jos Cie a\.k\.a cf TREAS Ph Invt Elec Natl Dept"
+        r"A\.k\.a Adj Adm Adv Alex Assoc Asst Attys? Ave Brig Capt Cf Cie Cmdr Col Comdr Cpl Dept Det Drs? Elec Ens Ft "
+        "Gen Govs? Hon Insp Invt Jos Lieut Lt Maj Messrs Mlle Mme Mr Mrs Ms Msgr Mt Natl Pfc Ph Pres Profs? Pvt Reps? "
+        "Rev Sens? Sfc Sgt Spc Ste? Supts? Treas Vs Wm"
     )
     + ")"
 )
-_BEFORE_NUMBER = rf"{_one_of('ca figs? prop nos? art bldg pp op')}\."
+_BEFORE_NUMBER = rf"{_one_of('art bldg ca figs? nos? op pp prop')}\."
 # Before one of these a single letter is no initial: its full stop is dropped.
 _SENTENCE_BEGINS = _capitalised(
     r"About According Additionally After An A As At But Earlier He Her Here However If In It Last Many More Mr\. Ms\. "
@@ -104,13 +105,15 @@ _SENTENCE_BEGINS = _capitalised(
 # Numbers.
 _SEPARATED = rf"[.:,\u00ad\u066b\u066c][{_D}]+"
 _NUMBER = rf"[-+]?(?:[{_D}]+(?:{_SEPARATED})*|(?:{_SEPARATED})+)"
-_DATE = rf"[{_D}]{{1,2}}[\-/][{_D}]{{1,2}}[\-/][{_D}]{{2,4}}"
-_FRACTION = rf"(?:[{_D}]{{1,4}}[- \u00a0])?[{_D}]{{1,4}}(?:\\?/|\u2044)[{_D}]{{1,4}}"
+_ONE_OR_TWO, _UP_TO_FOUR = rf"[{_D}]{{1,2}}", rf"[{_D}]{{1,4}}"
+_DATE = rf"{_ONE_OR_TWO}[-/]{_ONE_OR_TWO}[-/][{_D}]{{2,4}}"
+_FRACTION = rf"(?:{_UP_TO_FOUR}[- \u00a0])?{_UP_TO_FOUR}(?:\\?/|\u2044){_UP_TO_FOUR}"
 _RAISED = r"[\u207a\u207b\u208a\u208b]?(?:[\u2070\u00b9\u00b2\u00b3\u2074-\u2079]+|[\u2080-\u2089]+)"
+_GAP = r"[- \u00a0]"
+_AREA = rf"\([0-9]{{2,3}}\)[ \u00a0]?|\+{{0,2}}(?:[0-9]{{2,4}}{_GAP}){{1,2}}"
 _PHONES = (
-    r"(?:\([0-9]{2,3}\)[ \u00a0]?|(?:\+\+?)?(?:[0-9]{2,4}[\- \u00a0])?[0-9]{2,4}[\- \u00a0])"
-    r"[0-9]{3,4}[\- \u00a0]?[0-9]{3,5}",
-    r"(?:(?:\+\+?)?[0-9]{2,4}\.)?[0-9]{2,4}\.[0-9]{3,4}\.[0-9]{3,5}",
+    rf"(?:{_AREA})[0-9]{{3,4}}{_GAP}?[0-9]{{3,5}}",
+    r"(?:\+{0,2}[0-9]{2,4}\.)?[0-9]{2,4}\.[0-9]{3,4}\.[0-9]{3,5}",
 )
 _CURRENCY = r"[\u0080\u00a2-\u00a5\u060b\u0e3f\u20a0\u20a4\u20ac\uffe0\uffe1\uffe5\uffe6]"
 
@@ -118,19 +121,21 @@ _CURRENCY = r"[\u0080\u00a2-\u00a5\u060b\u0e3f\u20a0\u20a4\u20ac\uffe0\uffe1\uff
 _NAME = r"[A-Za-z][A-Za-z0-9_:.\-]*"
 _ATTRIBUTE = rf"{_NAME}(?: *= *(?:'[^'\n]*'|\"[^\"\n]*\"))?"
 _TAG = rf"<(?:[!?][A-Za-z\-][^>\n]*|{_NAME}(?: +{_ATTRIBUTE})* */?|/{_NAME}) *>"
-_URL = r'(?ai:https?)://[^ \t\n\f"<>|(){}]+[^ \t\n\f"<>|.!?(){},\-]'
-_PART = r"[^ \t\n\f\"<>|.!?(){},]"
-_SMALL_PART = r"[^ \t\n\f\"<>|.!?(){}$`',-_]"  # The hyphen makes a range, which holds capitals and digits.
-_PATH = r"/[^ \t\n\f\"<>|()]+[^ \t\n\f\"<>|.!?(){},\-]"
+_NEVER = r" \t\n\f\"<>|()"  # In an address.
+_AT_END = rf"[^{_NEVER}.!?{{}},\-]"
+_URL = rf"{_any_case('https?')}://[^{_NEVER}{{}}]+{_AT_END}"
+_PATH = rf"/[^{_NEVER}]+{_AT_END}"
+_PART = rf"[^{_NEVER}.!?{{}},]"
+_SMALL_PART = rf"[^{_NEVER}.!?{{}}$`',-_]"  # The hyphen makes a range, which holds capitals and digits.
 _HOSTS = (
     rf"{_any_case('www')}\.(?:{_PART}+\.)+[a-zA-Z]{{2,4}}",
     rf"{_any_case('www')}\.(?:{_PART}+?\.)+?[a-zA-Z]{{2,4}}{_PATH}",
     rf"(?:{_SMALL_PART}+\.)+{_one_of('com net org edu')}",
     rf"(?:{_SMALL_PART}+\.)+?{_one_of('com net org edu')}{_PATH}",
 )
+_BEFORE_AT, _BEHIND_AT = rf"[^{_NEVER}\u00a0{{}}]", rf"[^{_NEVER}\u00a0{{}}.]"
 _EMAIL = (
-    rf"(?:{_any_case('&lt;')}|<)?[a-zA-Z0-9][^ \t\n\f\"<>|()\u00a0{{}}]*@(?:[^ \t\n\f\"<>|(){{}}.\u00a0]+\.)*"
-    rf"[^ \t\n\f\"<>|(){{}}.\u00a0]+(?:{_any_case('&gt;')}|>)?"
+    rf"(?:<|{_any_case('&lt;')})?[a-zA-Z0-9]{_BEFORE_AT}*@(?:{_BEHIND_AT}+\.)*{_BEHIND_AT}+(?:{_any_case('&gt;')}|>)?"
 )
 _MENTION = rf"@[a-zA-Z_][a-zA-Z_0-9]*|#{_LETTER}+"
 _ENDINGS = (
@@ -143,7 +148,8 @@ _FILE = rf"{_LETTER_OR_DIGIT}+(?:\.{_LETTER_OR_DIGIT}+)*\.{_one_of(_ENDINGS)}"
 _DASH = rf"{_one_of('&md; &mdash; &ndash;')}|[\u0096\u0097\u2013-\u2015]"
 _QUOTES = rf"''|[`\u2018-\u201f\u0091-\u0094\u2039\u203a\u00ab\u00bb]{{1,2}}|{_APOSTROPHE}"
 _SMILEY = r"[<>]?[:;=][-o*']?[()DPdpO\\{@|\[\]]"
-_FACE = r"\([-^x=~<>'][_.]?[-^x=~<>']\)|\([\^x=~<>']-[\^x=~<>'`]\)|[-^x=~<>']_[-^x=~<>']|[\^x=~<>]\.\[\^x=~<>\]"
+_EYE = "[-^x=~<>']"
+_FACE = rf"\({_EYE}[_.]?{_EYE}\)|\((?!-){_EYE}-(?:(?!-){_EYE}|`)\)|{_EYE}_{_EYE}"
 _ELLIPSIS = r"\.{3,5}|\u2026|(?:\.[ \u00a0]){2,4}\."
 
 _NORMALISED = {

@@ -45,12 +45,6 @@ def test_cider_depends_on_the_references_given(scores):
     assert len({scores[name]["cider"] for name in ("all", "hundred", "thousand")}) == 3
 
 
-def test_cider_is_the_authors():
-    golden = json.loads((GOLDEN / "cider.json").read_text())
-    scores = captioning.score(golden["predictions"], golden["references"])
-    assert scores["cider"] == pytest.approx(golden["score"], rel=1e-9)
-
-
 def test_a_perfect_match():
     texts = ["one two three four five", "six seven eight nine ten"]
     scores = captioning.score(texts, [[text] for text in texts])

@@ -145,9 +145,9 @@ class CapFilt:
             embeds = captioner.task.encode(images[captioner.task.config.image_size])
         rows = np.resize(np.asarray(indices, np.uint32), self.batch_size)
         # A caption is a function of the seed, its number and its image's place in the source.
-        key = jax.random.key(self.settings.seed)
-        draws = [Draws(jax.random.fold_in(key, number), rows) for number in range(count)]
-        texts = captioner.task.captions(captioner.trainable, embeds, self.settings.generation, draws)
+        draws = Draws(jax.random.key(self.settings.seed), rows)
+        generation = dataclasses.replace(self.settings.generation, num_return_sequences=count)
+        texts = captioner.task.captions(captioner.trainable, embeds, generation, draws)
         origin = {"from": "synthetic", "checkpoint": captioner.sha256, "seed": self.settings.seed}
         return [
             [(text.strip(), origin | {"number": number}) for number, text in enumerate(row)]

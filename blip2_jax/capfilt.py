@@ -151,7 +151,11 @@ def settings(options: argparse.Namespace) -> Settings:
     if options.captions and not options.temperature:
         raise ValueError("--temperature 0 would draw the same caption again and again: expected above 0")
     generation = GenerationConfig(
-        options.max_new_tokens, options.min_new_tokens, options.temperature, options.top_p, options.top_k
+        options.max_new_tokens,
+        options.min_new_tokens,
+        temperature=options.temperature,
+        top_p=options.top_p,
+        top_k=options.top_k,
     )
     return Settings(options.captions, generation, options.seed, options.rule, threshold, options.keep)
 

@@ -18,6 +18,7 @@ from blip2_jax import compat, durations, optimizer, tasks
 from blip2_jax.data.features import DTYPES
 from blip2_jax.data.filters import filters
 from blip2_jax.data.mixture import parse_mixture
+from blip2_jax.models import lora
 
 RECIPES = pathlib.Path(__file__).parent.parent / "configs"
 
@@ -81,11 +82,17 @@ def resolved(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     switches = compat.resolve(in_steps.compat)
     optimizer.check(in_steps.optimizer, in_steps.total_steps, switches.epoch_schedule)
     filters(in_steps.data.filters)
+    lora.resolve(in_steps.lora, tasks.TASKS[in_steps.task].adapted_parts)
     return in_steps
 
 
 def schema(task: str) -> ml_collections.ConfigDict:
-    """The recipe of nano, which has every setting of its task.
+    """The recipe of nano, which has every setting of its task."""
+    return recipe(task, "nano")
+
+
+def recipe(task: str, variant: str) -> ml_collections.ConfigDict:
+    """A recipe by its names.
 
     Raises:
       FileNotFoundError: the recipes are not beside the package.
@@ -93,7 +100,7 @@ def schema(task: str) -> ml_collections.ConfigDict:
     file = RECIPES / f"{task}.py"
     if not file.exists():
         raise FileNotFoundError(f"{file}: no such recipe; install this package from its repository: pip install -e DIR")
-    return runpy.run_path(str(file))["get_config"]("nano")
+    return runpy.run_path(str(file))["get_config"](variant)
 
 
 def leaves(config: ml_collections.ConfigDict, path: str = "") -> dict[str, Any]:

@@ -6,8 +6,8 @@ python -m blip2_jax.convert inspect --config=configs/stage1.py:eva_g [--devices=
 python -m blip2_jax.convert inspect --checkpoint=DIR
 
 import writes what --config.init names (lavis:FILE, hf:DIR, or a checkpoint of ours for another recipe) as a checkpoint
-of ours, for generate, evaluate and --config.init. export writes a checkpoint as a directory that transformers loads.
-inspect prints every parameter without allocating any.
+of ours, for generate, evaluate and --config.init. export writes a checkpoint as a directory that transformers loads,
+adapters (config.lora) merged into the weights. inspect prints every parameter without allocating any.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from ml_collections import config_flags
 
 from blip2_jax import configuration, params, tasks
 from blip2_jax.checkpoints import export, frozen, store
+from blip2_jax.models import lora
 from blip2_jax.parallel import mesh as meshes
 from blip2_jax.parallel import sharding
 from blip2_jax.tasks.stage2 import Stage2
@@ -57,13 +58,16 @@ def export_checkpoint(checkpoint: str, output: pathlib.Path) -> None:
       FileExistsError, FileNotFoundError, ValueError: the output is there, or transformers has no such model.
     """
     task, trainable = tasks.load_trained(checkpoint)
+    adapters = trainable.pop("lora", {}).get("language", {})
+    trainable = lora.merge(trainable)
     # In float32 whatever the accelerator: its bfloat16 would lose what LAVIS's float16 has.
     tower = frozen.load_vision(task.parts["vision"], task.encoder, np.float32, lambda path, array: array)
     trained = trainable, tower, task.encoder, task.blip2
     if isinstance(task, Stage2):
+        pairs = lora.pairs(lora.attach(task.frozen_shapes()["language"], adapters, task.lora.scale))
         instructions = task.caption_tokenizer_folder if task.config.instruct else None
         activation = task.config.llm_activation
-        exported = export.stage2(*trained, task.parts["llm"], task.tokenizer.end, activation, instructions)
+        exported = export.stage2(*trained, task.parts["llm"], task.tokenizer.end, activation, instructions, pairs)
         if task.tokenizer.begin:
             print(
                 f"transformers puts nothing before the soft prompt, and this model data.begin = "

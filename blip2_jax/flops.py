@@ -17,6 +17,7 @@ import jax
 import numpy as np
 
 from blip2_jax.data.pipeline import Schema
+from blip2_jax.models import lora
 from blip2_jax.models.language.decoder import Decoder
 from blip2_jax.models.language.llama import Llama
 from blip2_jax.models.language.t5 import T5
@@ -140,22 +141,37 @@ def t5(model: T5, read: int, written: int) -> float:
     )
 
 
+def _passes(task: Task) -> int:
+    """How often the Q-Former counts: its own weights do not learn where it has adapters."""
+    return PASSED_THROUGH if "qformer" in task.lora.targets else TRAINED
+
+
+def _adapters(task: Task) -> list[Part]:
+    """What adapters add, counted: the loss with them and without them."""
+    if not task.lora.targets:
+        return []
+    shapes, key = (task.shapes(), task.frozen_shapes()), jax.eval_shape(lambda: jax.random.key(0))
+    trees = jax.eval_shape(lambda *trees: lora.assemble(*trees, 1.0), *shapes)
+    count = lambda trees: executed(task.objective.loss, *trees, task.schema(), key)
+    return [Part("adapters", count(trees) - count([lora.bare(tree) for tree in trees]), TRAINED)]
+
+
 def _stage1(task: Stage1, batch: int, length: int) -> list[Part]:
     c, objective, embed = task.blip2.qformer, task.objective, task.blip2.embed_width
-    images = task.encoder.tokens
+    images, passes = task.encoder.tokens, _passes(task)
     parts = [
-        Part("queries read the image", batch * qformer_pass(c, c.queries, 0, images), TRAINED),
-        Part("text alone", batch * qformer_pass(c, 0, length), TRAINED),
+        Part("queries read the image", batch * qformer_pass(c, c.queries, 0, images), passes),
+        Part("text alone", batch * qformer_pass(c, 0, length), passes),
     ]
     if objective.itc:
         heads = _dense(batch * (c.queries + 1), c.width, embed)
         parts.append(Part("ITC", heads + _dense(batch * batch * c.queries, embed, 1), TRAINED))
     if objective.itm:
         pair = qformer_pass(c, c.queries, length, images) + _dense(c.queries, c.width, 2)
-        parts.append(Part("ITM", 3 * batch / objective.itm_every * pair, TRAINED))
+        parts.append(Part("ITM", 3 * batch / objective.itm_every * pair, passes))
     if objective.itg:
         row = qformer_pass(c, 0, length, past=c.queries) + _dense(length, c.width, c.width, c.vocab_size)
-        parts.append(Part("ITG", batch / objective.itg_every * row, TRAINED))
+        parts.append(Part("ITG", batch / objective.itg_every * row, passes))
     return parts
 
 
@@ -170,7 +186,7 @@ def _stage2(task: Stage2, batch: int, schema: Schema) -> list[Part]:
     else:
         row = decoder(model, prefix + loss.row_length, target)
     return [
-        Part("queries read the image", batch * read, TRAINED),
+        Part("queries read the image", batch * read, _passes(task)),
         Part("language model", batch * row, PASSED_THROUGH),
     ]
 
@@ -184,12 +200,12 @@ def parts(task: Task) -> list[Part]:
     schema, c = task.schema(), task.blip2.qformer
     batch = task.config.batch_size
     projection = image_projection(c, task.encoder.tokens, task.encoder.width)
-    shared = [Part("image projection", batch * projection, TRAINED)]
+    shared = [Part("image projection", batch * projection, _passes(task))]
     if not task.config.data.feature_views:
         shared.insert(0, Part("image encoder", batch * vision(task.encoder), FROZEN))
     if isinstance(task, Stage2):
-        return shared + _stage2(task, batch, schema)
-    return shared + _stage1(task, batch, schema["text_ids"].shape[1])
+        return shared + _stage2(task, batch, schema) + _adapters(task)
+    return shared + _stage1(task, batch, schema["text_ids"].shape[1]) + _adapters(task)
 
 
 def per_step(task: Task) -> float:

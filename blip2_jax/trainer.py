@@ -270,10 +270,11 @@ class Run:
         metrics: dict[str, float] = {}
         samples: dict[str, list[dict]] = {}
         with self.clock.measure("evaluate"):
+            trainable = self.task.assembled(self.state.trainable)
             for name, pictures in self.evaluated.items():
-                values, found = self.task.evaluate(self.state.trainable, pictures)
+                values, found = self.task.evaluate(trainable, pictures)
                 metrics |= {f"eval/{name}/{path}": value for path, value in values.items()}
-                found += attention.samples(self.task, self.state.trainable, pictures, count=4)
+                found += attention.samples(self.task, trainable, pictures, count=4)
                 if self.leads:
                     found += self.thumbnails[name].samples(examples.keys_shown(found))
                 samples[name] = found

@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 from blip2_jax import compat
 from blip2_jax.data import corpora, filters
 from blip2_jax.durations import duration
+from blip2_jax.models import lora
 from blip2_jax.monitoring import alarms, weights_and_biases
 
 
@@ -87,6 +88,8 @@ def nano() -> ConfigDict:
     config.objective.itg_prior = 4096
     config.objective.diversity = 0.5  # Not in the paper; see blip2_jax/objectives/diversity.py.
 
+    config.lora = lora.block()  # Adapters instead of whole matrices; see blip2_jax/models/lora.py.
+
     config.optimizer = ConfigDict()
     config.optimizer.learning_rate = 5e-4
     config.optimizer.fresh_multiplier = 4.0  # For what no checkpoint provides.
@@ -106,7 +109,9 @@ def nano() -> ConfigDict:
     config.evaluation = ConfigDict()
     config.evaluation.batch_size = 64  # A multiple of data x fsdp; stage 1's losses depend on it.
     config.evaluation.rerank = 4  # Candidates of each query that ITM judges again; 0: none.
-    config.evaluation.rerank_rule = "posterior"  # Or "tempered", "lavis"; see blip2_jax/evaluation/retrieval.py.
+    config.evaluation.rerank_rule = "posterior"  # Or "tempered", "match", "lavis"; see evaluation/retrieval.py.
+    # Zero-shot classification of pictures with a category; "|" stands between templates, "": none.
+    config.evaluation.templates = "a drawing of {} | {}"
 
     config.profile = ConfigDict()
     config.profile.steps = ""  # To trace: "5:8" are the steps 5, 6 and 7; SIGUSR1 traces three at any time.
@@ -174,6 +179,7 @@ def eva_g() -> ConfigDict:
     config.optimizer.clip_norm = 0.0
     config.evaluation.batch_size = 256
     config.evaluation.rerank = 128
+    config.evaluation.templates = "a photo of a {}."
     return config
 
 

@@ -8,6 +8,7 @@ from ml_collections import ConfigDict
 from blip2_jax import compat
 from blip2_jax.data import corpora, filters
 from blip2_jax.durations import duration
+from blip2_jax.models import lora
 from blip2_jax.monitoring import alarms, weights_and_biases
 
 
@@ -96,6 +97,8 @@ def nano() -> ConfigDict:
     config.model.ln_vision_epsilon = 1e-5  # 1e-6 in transformers' BLIP-2.
     config.model.remat = False
     config.model.unroll = 3
+
+    config.lora = lora.block()  # Adapters instead of whole matrices; see blip2_jax/models/lora.py.
 
     config.optimizer = ConfigDict()
     config.optimizer.learning_rate = 2.5e-4
@@ -192,7 +195,7 @@ def instruct_vicuna_7b() -> ConfigDict:
     """InstructBLIP with Vicuna-7B: to import, export and train on; what it was trained with is not published."""
     config = opt_2_7b()
     config.llm = "hf:lmsys/vicuna-7b-v1.1"
-    config.data.bos = ""
+    config.data.bos = "</s>"  # With which its texts begin and end.
     config.data.end = ""
     config.instruct = True
     return config

@@ -1,6 +1,7 @@
 """CapFilt: what is written and kept, by whom it was judged, on any mesh, and interrupted."""
 
 import collections
+import dataclasses
 import functools
 import json
 import re
@@ -96,8 +97,9 @@ def test_a_caption_is_a_function_of_seed_number_and_image(corpus, source):
     task, trainable = tasks.load_trained(checkpoints["captioner"])
     pictures = task.pictures(source, training=False)
     image = pictures.view.render(pictures.source[11], 11, 0)
-    draw = Draws(jax.random.fold_in(jax.random.key(7), 1), np.asarray([11], np.uint32))
-    ((text,),) = task.captions(trainable, task.encode(image[None]), GENERATION, [draw])
+    draws = Draws(jax.random.key(7), np.asarray([11], np.uint32))
+    both = dataclasses.replace(GENERATION, num_return_sequences=2)
+    ((_, text),) = task.captions(trainable, task.encode(image[None]), both, draws)
     record = read(output)[11]
     by_number = {p.get("number"): caption for caption, p in zip(record["captions"], record["provenance"], strict=True)}
     expected = by_number.get(1)

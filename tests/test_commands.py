@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 
-from blip2_jax import evaluate, generate, tasks
+from blip2_jax import api, evaluate, generate, tasks
 from blip2_jax.decoding import GenerationConfig
 from blip2_jax.evaluation import attention
 
@@ -26,15 +26,14 @@ def test_one_line_a_picture(stage2, pictures, capsys):
 
 
 def test_a_picture_gets_the_same_text_in_any_company(stage2, pictures):
-    together = generate.generate(str(stage2), pictures)
-    assert [generate.generate(str(stage2), [picture])[0] for picture in pictures] == together
+    model = api.load(stage2)
+    together = generate.write(model, pictures, GenerationConfig(8, num_beams=3))
+    assert [generate.write(model, [picture], GenerationConfig(8, num_beams=3))[0] for picture in pictures] == together
 
 
 def test_the_prompt_matters(stage2, pictures):
-    task, trainable = tasks.load_trained(stage2)
-    embeds = task.encode(generate.load_pictures(pictures, task.config.image_size))
-    soft_prompt = np.asarray(task.soft_prompt(trainable, embeds))
-    first, second = (task.generate(soft_prompt, [prompt] * 3, GenerationConfig(8)) for prompt in ("Question:", "a red"))
+    model = api.load(stage2)
+    first, second = (model.write(pictures, [prompt] * 3, GenerationConfig(8)) for prompt in ("Question:", "a red"))
     assert first != second
 
 
@@ -44,13 +43,20 @@ def test_errors_name_the_file(stage1, stage2, folder, pictures, tmp_path, capsys
     for arguments, message in (
         (["--checkpoint", str(stage2), "--image", str(text)], r"text\.jpg: not a picture"),
         (["--checkpoint", str(stage2), "--image", str(tmp_path / "no.png")], r"No such file.*no\.png"),
-        (["--checkpoint", str(stage1), "--image", str(pictures[0])], "only stage 2 has a language model"),
+        (["--checkpoint", str(stage1), "--image", str(pictures[0]), "--prompt", "a"], "no language model to read one"),
+        (["--checkpoint", str(stage1), "--image", str(pictures[0]), "--question", "a"], "no language model to write"),
+        (
+            ["--checkpoint", str(stage2), "--image", str(pictures[0]), "--prompt", " "],
+            "--prompt is empty: leave it out",
+        ),
+        (["--checkpoint", str(stage2), "--image", str(pictures[0]), "--num_beams", "0"], "num_beams = 0: expected at"),
         (["--checkpoint", str(tmp_path), "--image", str(pictures[0])], "holds no checkpoint"),
     ):
         with pytest.raises(SystemExit) as caught:
             generate.main(arguments)
-        assert re.search(f"^error: .*{message}", str(caught.value))
-    assert capsys.readouterr().out == ""
+        written = capsys.readouterr()
+        assert re.search(f"error: .*{message}", f"{written.err}{caught.value}")
+        assert written.out == ""
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +104,7 @@ def test_nothing_to_evaluate_is_an_error(stage1, tmp_path):
 def test_attention_is_a_distribution_over_the_picture(stage1, stage2, pictures):
     for workdir in (stage1, stage2):
         task, trainable = tasks.load_trained(workdir)
-        embeds = np.asarray(task.encode(generate.load_pictures(pictures, task.config.image_size)))
+        embeds = np.asarray(task.encode(np.stack([api.seen(picture, task.config.image_size) for picture in pictures])))
         weights = attention.cross_attention(task, trainable, embeds)
         assert weights.shape == (3, 2, embeds.shape[1])
         np.testing.assert_allclose(weights.sum(-1), 1, rtol=1e-5)

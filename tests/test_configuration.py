@@ -33,11 +33,11 @@ def test_the_recipes_pass_as_they_are(stage, variant):
 
 def test_every_number_and_choice_has_a_range():
     """Or is checked where it is used, which these tests and those of that part see to."""
-    elsewhere = ("optimizer.", "compat.", "data.filters.", "alarms.", "profile.", "wandb.")
+    elsewhere = ("optimizer.", "compat.", "lora.", "data.filters.", "alarms.", "profile.", "wandb.")
     texts = (
         *("task", "mesh", "vision", "bert", "llm", "llm_activation", "init", "data.train", "data.eval"),
         *("data.questions", "data.features", "data.begin", "data.bos", "data.prompt", "data.end", "data.question"),
-        *("objective.exchange", "evaluation.rerank_rule", "keep_best"),
+        *("objective.exchange", "evaluation.rerank_rule", "evaluation.templates", "keep_best"),
     )
     found = {}
     for stage in VARIANTS:

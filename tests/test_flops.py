@@ -150,6 +150,20 @@ def test_a_published_step(stage, variant):
     assert flops.per_step(task) == pytest.approx(counted, rel=0.05)
 
 
+def test_adapters_count_beside_what_they_adapt():
+    config = recipe("stage2", "opt_2_7b")
+    config.llm_remat = False
+    config.lora.update({"rank": 64, "language": ".*", "qformer": ".*"})
+    task = ahead_of_time.create_task(config, jnp.bfloat16)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    counted = flops.executed(task.value_and_gradients, task.shapes(), task.frozen_shapes(), task.schema(), key)
+    assert flops.per_step(task) == pytest.approx(counted, rel=0.05)
+    parts = {part.name: part for part in flops.parts(task)}
+    # Of a layer's products with c.width inputs and outputs: rank x (inputs + outputs) instead of inputs x outputs.
+    assert 0.02 < parts["adapters"].forward / parts["language model"].forward < 0.05
+    assert parts["queries read the image"].passes == 2
+
+
 def test_passes():
     """Once for the frozen encoder, twice for the language model, three times for the rest; and nothing for the encoder
     where image tokens are computed before."""

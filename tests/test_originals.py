@@ -17,7 +17,7 @@ from blip2_jax.checkpoints.bert import initialize_qformer, qformer_config
 from blip2_jax.checkpoints.huggingface import Directory
 from blip2_jax.data import images
 from blip2_jax.data.sources import open_source
-from blip2_jax.data.text import CaptionTokenizer, LanguageTokenizer
+from blip2_jax.data.text import CaptionTokenizer, LanguageTokenizer, pad
 from blip2_jax.decoding import GenerationConfig
 from blip2_jax.models.layers import causal_mask
 from blip2_jax.models.qformer import QFormer
@@ -99,10 +99,10 @@ def test_the_language_model_writes_the_same_text(original_language_model):
     model = frozen.language_model(part, np.float32)
     parameters = frozen.load_language_model(part, model, np.float32)
     texts = ["The river rises in the", "A recipe for bread: first", "Question: What is 2 + 2? Answer:"]
-    ids, mask = tokenizer.prompts(texts, 16)
+    ids, mask = pad([tokenizer.encode_prompt(text) for text in texts], 16, tokenizer.padding)
     embeds = model.apply({"params": parameters}, ids, method="embed")
-    found = np.asarray(decoding.generate(model, parameters, embeds, mask, GenerationConfig(12), tokenizer.end))
-    for row, text in zip(found, texts, strict=True):
+    found = decoding.generate(model, parameters, embeds, mask, GenerationConfig(12), tokenizer.end)
+    for row, text in zip(np.asarray(found.tokens[:, 0]), texts, strict=True):
         prompt = torch.tensor([tokenizer.encode(text)])
         written = original.generate(prompt, max_new_tokens=12, do_sample=False)[0, prompt.shape[1] :].tolist()
         assert tokenizer.decode(row) == tokenizer.decode(written)

@@ -12,7 +12,7 @@ from blip2_jax import decoding, tasks
 from blip2_jax.checkpoints import frozen
 from blip2_jax.data import images
 from blip2_jax.data.sources import open_source
-from blip2_jax.data.text import LanguageTokenizer
+from blip2_jax.data.text import LanguageTokenizer, pad
 from blip2_jax.decoding import GenerationConfig
 from blip2_jax.models.layers import causal_mask
 
@@ -56,10 +56,10 @@ def test_the_language_model_knows_english(language):
 def test_the_language_model_goes_on_with_a_fact(language):
     model, parameters, tokenizer = language
     prompts = ["The capital of France is", "Monday, Tuesday,"]
-    ids, mask = tokenizer.prompts(prompts, 12)
+    ids, mask = pad([tokenizer.encode_prompt(prompt) for prompt in prompts], 12, tokenizer.padding)
     embeds = model.apply({"params": parameters}, ids, method="embed")
     written = decoding.generate(model, parameters, embeds, mask, GenerationConfig(3), tokenizer.end)
-    texts = [tokenizer.decode(row) for row in np.asarray(written)]
+    texts = [tokenizer.decode(row) for row in np.asarray(written.tokens[:, 0])]
     assert texts[0].startswith(" Paris")
     assert texts[1].startswith(" Wednesday")
 

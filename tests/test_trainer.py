@@ -276,7 +276,7 @@ def test_nonsense_settings_are_errors_before_training(folder, tmp_path):
         ({"optimizer.steps_per_epoch": 9}, "steps_per_epoch = 9: expected 0"),
         ({"task": "stage3"}, "expected one of stage1, stage2"),
         ({"data.max_text_tokens": 17}, "16 positions"),
-        ({"evaluation.rerank_rule": "best"}, "rerank_rule = 'best': expected one of posterior, tempered, lavis"),
+        ({"evaluation.rerank_rule": "best"}, "rerank_rule = 'best': expected one of posterior, tempered, match, lavis"),
     ):
         with pytest.raises((ValueError, OSError), match=message):
             trainer.train(tiny.recipe("stage1", folder, **changes), tmp_path / "w")

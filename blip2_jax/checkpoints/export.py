@@ -9,7 +9,8 @@ import pathlib
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from blip2_jax import params
 from blip2_jax.checkpoints import language, mapping, qformer, vision
 from blip2_jax.checkpoints.frozen import Frozen
 from blip2_jax.checkpoints.huggingface import complete, load_tokenizer
+from blip2_jax.models import lora
 from blip2_jax.models.blip2 import Blip2Config
 from blip2_jax.models.vision import VisionEncoder
 from blip2_jax.models.vision.vit import ViT, ViTConfig
@@ -157,11 +159,12 @@ def stage2(
     end_token: int,
     llm_activation: str = "",
     instruction_folder: pathlib.Path | None = None,
+    adapters: Mapping[str, lora.Pair] = MappingProxyType({}),
 ):
     """Blip2ForConditionalGeneration, the language model as its own file has it, tensor by tensor.
 
     InstructBlipForConditionalGeneration where the Q-Former reads instructions, whose tokenizer is in a folder. A text
-    ends with `end_token`.
+    ends with `end_token`. `adapters`, by the path of a kernel of the language model, are merged into it.
     """
     kind = "instructblip" if instruction_folder else "blip-2"
     _refuse_what_transformers_lacks(encoder, blip2, "stage2")
@@ -174,7 +177,7 @@ def stage2(
     image_token = tokenizer.token_to_id(IMAGE_TOKEN)
     text["eos_token_id"] = end_token
     rows = max(text["vocab_size"], image_token + 1)
-    spoken, spoken_count = _language_tensors(llm, text, rows)
+    spoken, spoken_count = _language_tensors(llm, text, rows, adapters)
     text["vocab_size"] = rows
     tower, tower_count = _vision_tensors(encoder, vision_tree)
     own, own_count, heads = _trained_tensors(trainable, blip2, kind)
@@ -194,7 +197,9 @@ def stage2(
     return Exported(config, tensors, count, heads, tokenizer, llm.path, instruction_folder, encoder, queries)
 
 
-def _language_tensors(llm: Frozen, text: dict[str, Any], rows: int) -> tuple[Named, int]:
+def _language_tensors(
+    llm: Frozen, text: dict[str, Any], rows: int, adapters: Mapping[str, lora.Pair]
+) -> tuple[Named, int]:
     """The language model's tensors; vocabularies grow to `rows`, by the mean row, so that the image token has one."""
     family = language.family(text)
     config = family.config(text)
@@ -205,6 +210,10 @@ def _language_tensors(llm: Frozen, text: dict[str, Any], rows: int) -> tuple[Nam
         piece.name for path in ("embeddings/embedding", "lm_head/embedding") for piece in mapped.get(path, ())
     }
     names = list(mapping.names(mapped))
+    added = {}
+    for path, pair in adapters.items():
+        for piece in mapped[path]:
+            added[piece.name] = piece.layout, pair.at(piece.index[: pair.stacked])
 
     def read() -> Named:
         for name in names:
@@ -212,6 +221,10 @@ def _language_tensors(llm: Frozen, text: dict[str, Any], rows: int) -> tuple[Nam
             if name in vocabularies and len(array) < rows:
                 mean = array.astype(np.float32).mean(0, keepdims=True).astype(array.dtype)
                 array = np.concatenate([array, np.repeat(mean, rows - len(array), axis=0)])
+            if name in added:
+                layout, pair = added[name]
+                more = layout.to_foreign(np.asarray(pair.product()))
+                array = (array.astype(np.float32) + more).astype(array.dtype)
             yield f"language_model.{name}", array
 
     return read(), len(names)

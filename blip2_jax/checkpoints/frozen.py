@@ -35,7 +35,7 @@ from blip2_jax.models import vision
 from blip2_jax.models.vision.vit import ViT
 
 ASSETS = pathlib.Path(__file__).parent.parent / "assets"
-PARTS = ("vision", "bert", "llm")
+PARTS = ("vision", "bert", "llm", "qformer")  # The last is of `base`.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,8 +61,8 @@ class Frozen:
         Raises:
           FileNotFoundError, ConnectionError, ValueError: it is not there, or cannot be fetched.
         """
-        override = _overrides().get(self.part)
-        return pathlib.Path(override).expanduser() if override else _locate(self.part, self.source)
+        instead = override(self.part)
+        return pathlib.Path(instead).expanduser() if instead else _locate(self.part, self.source)
 
     @functools.cached_property
     def tensors(self) -> Directory | TorchFile:
@@ -86,7 +86,7 @@ class Frozen:
     @functools.cached_property
     def config(self) -> dict[str, Any]:
         """Its config.json, complete; of a published model that is not here, what is known of it."""
-        named = _overrides().get(self.part) or self.source.partition(":")[2]
+        named = override(self.part) or self.source.partition(":")[2]
         if self.kind != "hf":
             return read_config(self.path / "config.json")
         file = hub.config_file(named, cached=True)
@@ -106,13 +106,18 @@ def frozen_dtype() -> jnp.dtype:
     return jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
 
 
-def _overrides() -> dict[str, str]:
+def override(part: str) -> str | None:
+    """The directory that BLIP2_JAX_FROZEN says a part is read from; None if it says nothing of it.
+
+    Raises:
+      ValueError: it says what makes no sense.
+    """
     text = os.environ.get("BLIP2_JAX_FROZEN", "")
     pairs = [item.partition("=") for item in text.split(",") if item.strip()]
-    for part, separator, directory in pairs:
-        if not separator or part.strip() not in PARTS or not directory:
+    for name, separator, directory in pairs:
+        if not separator or name.strip() not in PARTS or not directory:
             raise ValueError(f"BLIP2_JAX_FROZEN={text!r}: expected part=DIR with part one of {', '.join(PARTS)}")
-    return {part.strip(): directory.strip() for part, _, directory in pairs}
+    return {name.strip(): directory.strip() for name, _, directory in pairs}.get(part)
 
 
 def _locate(part: str, source: str) -> pathlib.Path:

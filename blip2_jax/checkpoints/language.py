@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 
 from blip2_jax import params
@@ -304,7 +306,11 @@ def tensors(family: Family, whole: Tensors) -> Tensors:
     return with_ties(part_of(whole, family.anchor, ("", "language_model.")), family.ties)
 
 
+def initialize(model: nn.Module, key: jax.Array) -> params.Tree:
+    """A newly initialised tree of a language model."""
+    return model.init(key, jnp.zeros((1, 2), jnp.int32), method="initialize")["params"]
+
+
 def shapes(model: nn.Module, dtype: Any = None) -> params.Tree:
     """The tree of a language model without its values."""
-    ids = jnp.zeros((1, 2), jnp.int32)
-    return mapping.template(lambda key: model.init(key, ids, method="initialize")["params"], dtype)
+    return mapping.template(functools.partial(initialize, model), dtype)

@@ -29,6 +29,7 @@ import orbax.checkpoint.experimental.v1 as ocp
 from blip2_jax import compat, params
 from blip2_jax.checkpoints import manifest
 from blip2_jax.data import filters
+from blip2_jax.models import lora
 from blip2_jax.monitoring import alarms, weights_and_biases
 from blip2_jax.parallel import processes
 
@@ -280,6 +281,7 @@ _LATER_IN_BOTH = {
     "keep_best": "",
     "keep_every": 0,
     "profile/steps": "",
+    **params.flatten({"lora": lora.block().to_dict()}),
     **params.flatten({"wandb": weights_and_biases.block().to_dict(), "alarms": alarms.block().to_dict()}),
     "max_skipped_in_a_row": 20,
     "pieces": 1,
@@ -288,7 +290,7 @@ _LATER_IN_BOTH = {
     **params.flatten({"compat": compat.block().to_dict()}),
 }
 _LATER = {
-    "stage1": _LATER_IN_BOTH | {"objective/block": 512, "objective/exchange": "ring"},
+    "stage1": _LATER_IN_BOTH | {"objective/block": 512, "objective/exchange": "ring", "evaluation/templates": ""},
     "stage2": _LATER_IN_BOTH
     | {"data/bos": "", "data/split_captions": False, "instruct": False, "llm_activation": "", "llm_remat": False},
 }

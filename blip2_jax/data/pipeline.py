@@ -60,6 +60,7 @@ class Pictures:
     def example(self, index: int, rng: np.random.Generator | None = None) -> Record:
         """A record with its picture and the identities that batches carry; a caption is chosen if there are several.
 
+        Without `rng`, in evaluation, that is the first, and all `captions` are there, too.
         Records with a question have no caption.
         """
         record = self.source[index]
@@ -67,6 +68,7 @@ class Pictures:
         if "question" not in record:
             captions = self.filters.captions(record)
             example["caption"] = captions[0] if rng is None else captions[int(rng.integers(len(captions)))]
+            example |= {"captions": list(captions)} if rng is None else {}
         return example | self.image(record, index, rng) | {"image_id": identify(self.name, record["key"])}
 
 

@@ -152,17 +152,6 @@ class LanguageTokenizer:
         """A token by itself, to be shown."""
         return _token_text(self._tokenizer, token)
 
-    def prompts(self, texts: Sequence[str], length: int) -> tuple[np.ndarray, np.ndarray]:
-        """int32[B, length] and bool[B, length]. A prompt that is too long is an error: cutting it would change it."""
-        rows = [self.encode_prompt(text) for text in texts]
-        longest = max(range(len(rows)), key=lambda index: len(rows[index]))
-        if len(rows[longest]) > length:
-            raise ValueError(
-                f"the prompt {texts[longest]!r} has {len(rows[longest])} tokens, but there is room for {length}: "
-                "shorten it or raise max_prompt_tokens"
-            )
-        return pad(rows, length, self.padding)
-
     def encode_target(self, text: str, length: int) -> list[int]:
         """Of a text behind a prompt: at most `length` token ids, the last of them the end token.
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from PIL import Image
 
 from blip2_jax import params
 from blip2_jax.data.pipeline import Pictures
@@ -59,3 +61,21 @@ def samples(task: Task, trainable: params.Tree, pictures: Pictures, count: int =
         }
         for example, queries in zip(examples, levels, strict=True)
     ]
+
+
+def overlay(picture: np.ndarray, weights: np.ndarray, columns: int = 8) -> Image.Image:
+    """A picture uint8[S, S, 3] once for each query, bright where float[Q, P] says that it looks.
+
+    Image tokens are patches of a square; a ViT's class token, which belongs to no place, is left out.
+    """
+    side = math.isqrt(weights.shape[1])
+    levels = weights[:, weights.shape[1] - side**2 :].reshape(len(weights), side, side)
+    levels = levels / np.maximum(levels.max((1, 2), keepdims=True), 1e-9)
+    size, rows = len(picture), -(-len(weights) // columns)
+    sheet = Image.new("RGB", (size * min(columns, len(weights)), size * rows), "white")
+    for query, level in enumerate(levels):
+        grey = Image.fromarray((255 * level).astype(np.uint8)).resize((size, size), Image.Resampling.BICUBIC)
+        light = 0.2 + 0.8 * np.asarray(grey, np.float32)[..., None] / 255
+        tile = Image.fromarray((picture * light).astype(np.uint8))
+        sheet.paste(tile, (size * (query % columns), size * (query // columns)))
+    return sheet

@@ -68,10 +68,11 @@ def nearest_neighbour(test: Known, train: Known, description: str) -> dict:
     if test.categories and train.categories:
         right = [train.categories[i] == category for i, category in zip(nearest, test.categories, strict=True)]
         result["question"] = {"accuracy": float(np.mean(right))}
-    gallery = retrieval.gallery(test.captions)
+    gallery = retrieval.gallery([[caption] for caption in test.captions])
     like = (test.sentences[gallery.first] @ train.sentences.T).argmax(1)
     scores = ours @ theirs[like].T
-    result["retrieval"] = retrieval.both_directions(scores, gallery.relevant)
+    of_images, of_texts = retrieval.best(scores), retrieval.best(scores.T)
+    result["retrieval"] = retrieval.both_directions(gallery, of_images, of_texts)
     return result
 
 
@@ -83,7 +84,7 @@ def majority(categories: Sequence[str], train_categories: Sequence[str]) -> dict
 
 def chance(captions: Sequence[str]) -> dict:
     """Retrieval in random order."""
-    return {"retrieval": retrieval.chance(retrieval.gallery(list(captions)).relevant)}
+    return {"retrieval": retrieval.chance(retrieval.gallery([[caption] for caption in captions]))}
 
 
 def measure(test: Known, train: Known) -> dict[str, dict]:

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from blip2_jax.data.pipeline import Batch, Pictures, evaluation_batches
 from blip2_jax.data.records import Record
 from blip2_jax.monitoring.progress import progress
-from blip2_jax.parallel import gathering
+from blip2_jax.parallel import gathering, sharding
 from blip2_jax.parallel import mesh as meshes
 
-_FACTS = ("key", "caption", "category")  # Of an example, what metrics and samples are made of.
+_FACTS = ("key", "caption", "captions", "category")  # Of an example, what metrics and samples are made of.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,44 +48,47 @@ class Layout:
         """From the rows of this process, [b, ...], to the batch on the mesh, [B, ...]."""
         return meshes.global_batch(own, self.batch_size, self.mesh)
 
+    def run(self, function: Callable, *inputs: Any) -> Any:
+        """What a compiled function gives on the mesh."""
+        with jax.set_mesh(self.mesh):
+            return function(*inputs)
+
     def call(self, function: Callable, *inputs: Any) -> Any:
         """What a compiled function gives on the mesh, as whole arrays of numpy in every process."""
-        with jax.set_mesh(self.mesh):
-            return gathering.whole(function(*inputs))
+        return gathering.whole(self.run(function, *inputs))
 
     def batches(self, arrays: Mapping[str, np.ndarray], label: str) -> Iterator[dict[str, jax.Array]]:
         """Batches of rows that every process knows, on the mesh.
 
         Args:
-          arrays: [N, ...] each. The last batch is filled up with zeros, for which its `example_mask` is False.
+          arrays: [N, ...] each. The last batch is filled up with rows again, for which its `example_mask` is False;
+            what is compiled meets nothing that it has not met, and a text that is written there ends.
           label: of the progress bar.
         """
         size, rows, count = self.batch_size, self.rows, len(next(iter(arrays.values())))
         arrays = {**arrays, "example_mask": np.ones(count, bool)}
         for start in progress(range(0, count, size), desc=label, unit="batch", leave=False):
             parts = {name: array[start : start + size] for name, array in arrays.items()}
-            fill = lambda part: np.pad(part, ((0, size - len(part)), *[(0, 0)] * (part.ndim - 1)))
-            yield self.place({name: fill(part)[rows] for name, part in parts.items()})
+            there = len(parts["example_mask"])
+            filled = {name: part[np.arange(size) % there] for name, part in parts.items()}
+            filled["example_mask"] &= np.arange(size) < there
+            yield self.place({name: array[rows] for name, array in filled.items()})
 
-    def shard(self, numbers: np.ndarray) -> np.ndarray:
-        """int[N]: the shard of the batch in which record i * B + r of a source, row r, was read."""
-        return numbers % self.batch_size * meshes.batch_shards(self.mesh) // self.batch_size
+    def replicate(self, array: np.ndarray) -> jax.Array:
+        """What every process knows, whole on every device."""
+        return sharding.put(array, meshes.replicated(self.mesh))
 
-    def deal(self, shards: np.ndarray) -> np.ndarray:
-        """Batches of N things of which each has to be in a row of its own shard.
+    def own(self, array: jax.Array) -> np.ndarray:
+        """Of a batch [B, ...] on the mesh the rows of this process, [b, ...]: those that `place` takes."""
+        array = _laid(meshes.batch_sharding(self.mesh))(array)
+        parts = {part.index[0].start or 0: part.data for part in array.addressable_shards}
+        return np.concatenate([np.asarray(parts[start]) for start in sorted(parts)])
 
-        Args:
-          shards: int[N].
 
-        Returns:
-          int[K, B]: the number of the thing in each row of K batches, as few as can be; -1 where there is none.
-        """
-        count = meshes.batch_shards(self.mesh)
-        size = self.batch_size // count
-        queues = [np.flatnonzero(shards == shard) for shard in range(count)]
-        length = size * -(-max(map(len, queues)) // size)
-        filled = [np.pad(queue, (0, length - len(queue)), constant_values=-1) for queue in queues]
-        return np.concatenate([queue.reshape(-1, size) for queue in filled], axis=1)
+@functools.cache
+def _laid(place: NamedSharding) -> Callable[[jax.Array], jax.Array]:
+    """Puts what lies on a mesh in some way there in another; under jit, since it may be that of several processes."""
+    return jax.jit(lambda x: x, out_shardings=place)
 
 
 def in_batches(
@@ -112,8 +116,8 @@ class Reading:
     """A pass over a source, in which each process reads its own rows; afterwards all know of all records.
 
     Attributes:
-      examples: after the pass, what is known of the records that could be used: `key`, `caption` and, where there is
-        one, `category`.
+      examples: after the pass, what is known of the records that could be used: `key`, `caption`, all `captions` and,
+        where there is one, `category`.
       numbers: int[N], after the pass, which records these are.
     """
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -11,53 +11,100 @@ RANKS = (1, 5, 10)
 Directions = dict[str, dict[str, float]]
 
 
-def ranking(scores: np.ndarray) -> np.ndarray:
-    """float[N, M] -> int[N, M]: candidates of each row, best first; equal scores keep their order."""
-    return np.argsort(-scores, axis=1, kind="stable")
+class Found(NamedTuple):
+    """The best candidates of each query, best first; equal scores keep the candidates' order.
+
+    Attributes:
+      scores: float32[N, K].
+      index: int32[N, K], the numbers of the candidates.
+    """
+
+    scores: np.ndarray
+    index: np.ndarray
 
 
-def recalls(scores: np.ndarray, relevant: np.ndarray) -> dict[str, float]:
-    """Share of rows with a relevant candidate among the first 1, 5 and 10.
+def best(scores: np.ndarray, keep: int = max(RANKS)) -> Found:
+    """float[N, M], all scores of few queries and candidates -> the `keep` best of each query."""
+    index = np.argsort(-scores, axis=1, kind="stable")[:, :keep]
+    return Found(np.take_along_axis(scores, index, axis=1), index.astype(np.int32))
 
-    Args:
-      scores: float[N, M].
-      relevant: bool[N, M].
+
+class Gallery(NamedTuple):
+    """Images and the distinct captions of all of them.
+
+    Attributes:
+      texts: the captions, T, in order of appearance.
+      first: for each, the index of the first image that has it.
+      pairs: int64[R], image * T + caption of all that belong together, ascending.
+      images: I.
+    """
+
+    texts: list[str]
+    first: list[int]
+    pairs: np.ndarray
+    images: int
+
+    def right(self, image: np.ndarray, text: np.ndarray) -> np.ndarray:
+        """Whether images and captions belong together: int[...] and int[...] -> bool[...]."""
+        wanted = np.asarray(image, np.int64) * len(self.texts) + text
+        place = np.minimum(np.searchsorted(self.pairs, wanted), len(self.pairs) - 1)
+        return self.pairs[place] == wanted
+
+    def counts(self) -> tuple[np.ndarray, np.ndarray]:
+        """How many captions each image has, int[I], and how many images each caption, int[T]."""
+        image, text = np.divmod(self.pairs, len(self.texts))
+        return np.bincount(image, minlength=self.images), np.bincount(text, minlength=len(self.texts))
+
+
+def gallery(captions: Sequence[Sequence[str]]) -> Gallery:
+    """Of every image's captions; one that several images share counts once, and belongs to all of them."""
+    numbers: dict[str, int] = {}
+    first, pairs = [], []
+    for image, own in enumerate(captions):
+        for caption in own:
+            if caption not in numbers:
+                numbers[caption] = len(numbers)
+                first.append(image)
+            pairs.append((image, numbers[caption]))
+    flat = np.asarray([image * len(numbers) + text for image, text in pairs], np.int64)
+    return Gallery(list(numbers), first, np.unique(flat), len(captions))
+
+
+def recalls(right: np.ndarray) -> dict[str, float]:
+    """Share of queries with a right candidate among the first 1, 5 and 10: bool[N, K] -> from 0 to 1.
 
     Returns:
-      {"r1": ..., "r5": ..., "r10": ...}, from 0 to 1.
+      {"r1": ..., "r5": ..., "r10": ...}.
     """
-    hits = np.take_along_axis(relevant, ranking(scores), axis=1)
-    return {f"r{rank}": float(hits[:, :rank].any(1).mean()) for rank in RANKS}
+    return {f"r{rank}": float(right[:, :rank].any(1).mean()) for rank in RANKS}
 
 
-def both_directions(scores: np.ndarray, relevant: np.ndarray, text_scores: np.ndarray | None = None) -> Directions:
-    """Recalls of images searched by text and of texts searched by image.
-
-    Args:
-      scores: float[images, texts], for images as queries.
-      relevant: bool[images, texts].
-      text_scores: float[texts, images], for texts as queries; the transpose of `scores` by default.
-    """
+def both_directions(gallery: Gallery, of_images: Found, of_texts: Found) -> Directions:
+    """Recalls of images searched by text and of texts searched by image."""
+    query = lambda found: np.arange(len(found.index))[:, None]
     return {
-        "text_to_image": recalls(scores.T if text_scores is None else text_scores, relevant.T),
-        "image_to_text": recalls(scores, relevant),
+        "text_to_image": recalls(gallery.right(of_texts.index, query(of_texts))),
+        "image_to_text": recalls(gallery.right(query(of_images), of_images.index)),
     }
 
 
-def chance(relevant: np.ndarray) -> Directions:
-    """Expected recalls of a random order, where `relevant` is bool[images, texts]."""
+def chance(gallery: Gallery) -> Directions:
+    """Expected recalls of a random order."""
 
-    def expected(relevant: np.ndarray) -> dict[str, float]:
-        candidates, right = relevant.shape[1], relevant.sum(1)
+    def expected(right: np.ndarray, candidates: int) -> dict[str, float]:
         result = {}
         for rank in RANKS:
-            miss = np.ones(len(relevant))
+            miss = np.ones(len(right))
             for draw in range(min(rank, candidates)):
                 miss *= np.clip((candidates - right - draw) / (candidates - draw), 0, None)
             result[f"r{rank}"] = float((1 - miss).mean())
         return result
 
-    return {"text_to_image": expected(relevant.T), "image_to_text": expected(relevant)}
+    of_images, of_texts = gallery.counts()
+    return {
+        "text_to_image": expected(of_texts, gallery.images),
+        "image_to_text": expected(of_images, len(gallery.texts)),
+    }
 
 
 def posterior(logits: np.ndarray, cosines: np.ndarray, temperature: float) -> np.ndarray:
@@ -85,6 +132,11 @@ def tempered(logits: np.ndarray, cosines: np.ndarray, temperature: float) -> np.
     return (logits[:, 1] - logits[:, 0]) / 2 + cosines / temperature
 
 
+def match(logits: np.ndarray, cosines: np.ndarray, temperature: float) -> np.ndarray:
+    """ITM's log-odds alone. Arguments as `posterior`."""
+    return logits[:, 1] - logits[:, 0]
+
+
 def lavis(logits: np.ndarray, cosines: np.ndarray, temperature: float) -> np.ndarray:
     """The original's score (compute_sim_matrix): the logit of a match plus the cosine. Arguments as `posterior`."""
     return logits[:, 1] + cosines
@@ -94,48 +146,23 @@ def lavis(logits: np.ndarray, cosines: np.ndarray, temperature: float) -> np.nda
 RULES: dict[str, Callable[[np.ndarray, np.ndarray, float], np.ndarray]] = {
     "posterior": posterior,
     "tempered": tempered,
+    "match": match,
     "lavis": lavis,
 }
 
 
-def rerank(scores: np.ndarray, judge: Callable[[np.ndarray, np.ndarray], np.ndarray], top: int) -> np.ndarray:
-    """Judge each row's `top` candidates and put them, in the new order, before the others.
+def rerank(found: Found, judgement: np.ndarray) -> Found:
+    """The first candidates of each query in another order, before the others.
 
     Args:
-      scores: float[N, M], cosines.
-      judge: int[K] rows, int[K] columns -> float[K], such as `posterior` of those pairs; called once, with all.
-      top: candidates of each row.
+      found: of N queries, K candidates each.
+      judgement: float[N, J] of the first J of them; equal ones are in the candidates' order.
 
     Returns:
-      float[N, M]: the judgement, and for the rest the cosine, less more than any judgement can be.
+      The same candidates, with the judgement as the score of the first J.
     """
-    rows, columns = scores.shape
-    top = min(top, columns)
-    chosen = ranking(scores)[:, :top]
-    row, column = np.repeat(np.arange(rows), top), chosen.reshape(-1)
-    judged = judge(row, column)
-    result = scores + judged.min() - 10.0
-    result[row, column] = judged
-    return result
-
-
-class Gallery(NamedTuple):
-    """Attributes:
-    texts: the distinct captions, in order of appearance.
-    first: for each, the index of the first example that has it.
-    relevant: bool[images, texts].
-    """
-
-    texts: list[str]
-    first: list[int]
-    relevant: np.ndarray
-
-
-def gallery(captions: list[str]) -> Gallery:
-    """Captions that several pictures share count once, with all their pictures relevant."""
-    first: dict[str, int] = {}
-    for index, caption in enumerate(captions):
-        first.setdefault(caption, index)
-    texts = list(first)
-    relevant = np.asarray(captions)[:, None] == np.asarray(texts)[None, :]
-    return Gallery(texts, list(first.values()), relevant)
+    first = judgement.shape[1]
+    order = np.lexsort((found.index[:, :first], -judgement))
+    again = lambda x: np.take_along_axis(x, order, axis=1)
+    index = np.concatenate([again(found.index[:, :first]), found.index[:, first:]], axis=1)
+    return Found(np.concatenate([again(judgement), found.scores[:, first:]], axis=1), index)

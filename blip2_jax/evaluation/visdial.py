@@ -21,7 +21,7 @@ def ranks(scores: np.ndarray) -> np.ndarray:
     if not finite.all():
         row, column = np.argwhere(~finite)[0]
         raise ValueError(f"the score of candidate {column} of round {row} is {scores[row, column]}: expected a number")
-    return np.argsort(retrieval.ranking(scores), axis=1) + 1
+    return np.argsort(np.argsort(-scores, axis=1, kind="stable"), axis=1) + 1
 
 
 def sparse(scores: np.ndarray, gt_index: np.ndarray) -> dict[str, float]:

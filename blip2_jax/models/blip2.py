@@ -13,7 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from blip2_jax.models.layers import KeyValue
+from blip2_jax.models.layers import Dense, KeyValue
 from blip2_jax.models.qformer import QFormer, QFormerCache, QFormerConfig
 
 
@@ -81,7 +81,7 @@ class ImageTextModel(nn.Module):
 
     def setup(self):
         c = self.config
-        dense = lambda width: nn.Dense(width, dtype=c.qformer.dtype)
+        dense = lambda width: Dense(width, dtype=c.qformer.dtype)
         self.ln_vision = ImageTokens(c)
         self.qformer = QFormer(c.qformer)
         self.vision_proj = dense(c.embed_width)
@@ -121,9 +121,9 @@ class ImageTextModel(nn.Module):
         """Image-grounded generation; see `QFormer.decode_text`."""
         return self.qformer.decode_text(cache, text_ids, text_mask, dropout_rows=dropout_rows)
 
-    def next_features(self, cache: QFormerCache, token_ids: jax.Array, position: jax.Array | int):
-        """The same, token by token; see `QFormer.decode_token`."""
-        return self.qformer.decode_token(cache, token_ids, position)
+    def next_features(self, cache: QFormerCache, token_ids, positions, seen, slot):
+        """The same, some tokens at a time; see `QFormer.decode_tokens`."""
+        return self.qformer.decode_tokens(cache, token_ids, positions, seen, slot)
 
 
 class SoftPromptModel(nn.Module):
@@ -153,4 +153,4 @@ class SoftPromptModel(nn.Module):
             query_output, _ = qformer.encode_queries(image, dropout_rows=dropout_rows)
         else:
             query_output, _ = qformer.encode_pair(image, instruction_ids, instruction_mask, dropout_rows=dropout_rows)
-        return nn.Dense(self.language_width, dtype=c.qformer.dtype, name="language_projection")(query_output)
+        return Dense(self.language_width, dtype=c.qformer.dtype, name="language_projection")(query_output)

@@ -1,4 +1,4 @@
-"""Attention and masks shared by the Q-Former and the language models."""
+"""What the Q-Former and the language models share: matrix products that can be adapted, attention, masks."""
 
 from __future__ import annotations
 
@@ -22,6 +22,33 @@ class KeyValue(NamedTuple):
 
     key: jax.Array
     value: jax.Array
+
+
+def _adapted(module: nn.Module, x: jax.Array, output: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+    """The output of a matrix product, and what the adapter beside its kernel adds, if there is one (`lora`).
+
+    A sum of small products: neither the adapted kernel nor a gradient of its size ever exists.
+    """
+    if not module.has_variable("params", "lora_a"):
+        return output
+    a, b = (module.get_variable("params", name).astype(output.dtype) for name in ("lora_a", "lora_b"))
+    inner = jax.lax.dot_general(x.astype(output.dtype), a, ((axes, tuple(range(len(axes)))), ((), ())))
+    return output + jnp.tensordot(inner, b, 1)
+
+
+class Dense(nn.Dense):
+    """flax's, with the adapter that stands beside its kernel."""
+
+    def __call__(self, inputs: jax.Array) -> jax.Array:
+        return _adapted(self, inputs, super().__call__(inputs), (inputs.ndim - 1,))
+
+
+class DenseGeneral(nn.DenseGeneral):
+    """flax's, with the adapter that stands beside its kernel."""
+
+    def __call__(self, inputs: jax.Array) -> jax.Array:
+        axes = (self.axis,) if isinstance(self.axis, int) else self.axis
+        return _adapted(self, inputs, super().__call__(inputs), tuple(axis % inputs.ndim for axis in axes))
 
 
 class RMSNorm(nn.Module):

@@ -14,7 +14,15 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from blip2_jax.models.layers import Dropout, KeyValue, attention_weights, causal_mask, dot_product_attention
+from blip2_jax.models.layers import (
+    Dense,
+    DenseGeneral,
+    Dropout,
+    KeyValue,
+    attention_weights,
+    causal_mask,
+    dot_product_attention,
+)
 from blip2_jax.parallel.rows import rows_of
 
 _initializer = nn.initializers.normal(0.02)
@@ -103,7 +111,7 @@ class SelfAttention(nn.Module):
     @nn.compact
     def __call__(self, x, mask, past: KeyValue | None, dropout_rows):
         c = self.config
-        dense = lambda name: nn.DenseGeneral(
+        dense = lambda name: DenseGeneral(
             (c.heads, c.width // c.heads), kernel_init=_initializer, dtype=c.dtype, name=name
         )
         query, key, value = dense("query")(x), dense("key")(x), dense("value")(x)
@@ -126,7 +134,7 @@ class CrossAttention(nn.Module):
     def __call__(self, x, image: KeyValue, dropout_rows):
         c = self.config
         head = (c.heads, c.width // c.heads)
-        query = nn.DenseGeneral(head, kernel_init=_initializer, dtype=c.dtype, name="query")(x)
+        query = DenseGeneral(head, kernel_init=_initializer, dtype=c.dtype, name="query")(x)
         return _attend(self, query, image.key, image.value, None, x, dropout_rows)
 
 
@@ -144,7 +152,7 @@ def _attend(module: nn.Module, query, key, value, mask, residual, dropout_rows) 
     x = dot_product_attention(
         together, key, value, mask, dropout_rate=rate, dropout_key=dropout_key, dropout_rows=first
     ).reshape(query.shape)
-    x = nn.DenseGeneral(c.width, axis=(-2, -1), kernel_init=_initializer, dtype=c.dtype, name="output")(x)
+    x = DenseGeneral(c.width, axis=(-2, -1), kernel_init=_initializer, dtype=c.dtype, name="output")(x)
     x = Dropout(c.dropout)(x, dropout_rows)
     return nn.LayerNorm(c.norm_epsilon, dtype=c.dtype, name="norm")(x + residual)
 
@@ -158,9 +166,9 @@ class FeedForward(nn.Module):
     def __call__(self, x, dropout_rows):
         c = self.config
         h = jax.nn.gelu(
-            nn.Dense(c.mlp_width, kernel_init=_initializer, dtype=c.dtype, name="intermediate")(x), approximate=False
+            Dense(c.mlp_width, kernel_init=_initializer, dtype=c.dtype, name="intermediate")(x), approximate=False
         )
-        h = nn.Dense(c.width, kernel_init=_initializer, dtype=c.dtype, name="output")(h)
+        h = Dense(c.width, kernel_init=_initializer, dtype=c.dtype, name="output")(h)
         h = Dropout(c.dropout)(h, dropout_rows)
         return nn.LayerNorm(c.norm_epsilon, dtype=c.dtype, name="norm")(x + h)
 
@@ -273,7 +281,7 @@ class ImageProjection(nn.Module):
         shape = (c.cross_attention_layers, c.heads, c.width // c.heads)
 
         def project(name: str) -> jax.Array:
-            dense = nn.DenseGeneral(shape, kernel_init=_initializer, dtype=c.dtype, name=name)  # [B, P, C, H, d]
+            dense = DenseGeneral(shape, kernel_init=_initializer, dtype=c.dtype, name=name)  # [B, P, C, H, d]
             return rows_of(len(image_embeds)).keep(jnp.moveaxis(dense(image_embeds), 2, 0), axis=1)
 
         return KeyValue(project("key"), project("value"))
@@ -287,7 +295,7 @@ class LanguageHead(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         c = self.config
-        x = jax.nn.gelu(nn.Dense(c.width, kernel_init=_initializer, dtype=c.dtype, name="dense")(x), approximate=False)
+        x = jax.nn.gelu(Dense(c.width, kernel_init=_initializer, dtype=c.dtype, name="dense")(x), approximate=False)
         x = nn.LayerNorm(c.norm_epsilon, dtype=c.dtype, name="norm")(x)
         return x, self.param("bias", nn.initializers.zeros, (c.vocab_size,), jnp.float32)
 
@@ -316,15 +324,14 @@ class QFormer(nn.Module):
         x = jnp.broadcast_to(self.embeddings_norm(self.query_tokens), (batch, *self.query_tokens.shape[1:]))
         return self.embeddings_dropout(rows_of(batch).keep(x), dropout_rows)
 
-    def _embed_text(self, text_ids: jax.Array, dropout_rows: jax.Array | None, first: jax.Array | int = 0) -> jax.Array:
-        """Tokens, the first of them at position `first`, which must leave room for the others."""
+    def _embed_text(self, text_ids: jax.Array, dropout_rows: jax.Array | None) -> jax.Array:
         length = text_ids.shape[1]
         if length > self.config.max_positions:
             raise ValueError(
                 f"text of {length} tokens, but the Q-Former has {self.config.max_positions} positions: "
                 "shorten the text (max_text_tokens) or start from a BERT with more positions"
             )
-        x = self.word_embeddings(text_ids) + self.position_embeddings(first + jnp.arange(length))[None]
+        x = self.word_embeddings(text_ids) + self.position_embeddings(jnp.arange(length))[None]
         return self.embeddings_dropout(self.embeddings_norm(rows_of(len(x)).keep(x)), dropout_rows)
 
     def project_image(self, image_embeds: jax.Array) -> KeyValue:
@@ -376,23 +383,28 @@ class QFormer(nn.Module):
         features, bias = self.lm_head(text)
         return features, self.word_embeddings.embedding, bias
 
-    def decode_token(
-        self, cache: QFormerCache, token_ids: jax.Array, position: jax.Array | int
-    ) -> tuple[jax.Array, jax.Array, jax.Array, QFormerCache]:
-        """One more token of such a text, of which the cache holds what stands before it.
+    def decode_tokens(
+        self, cache: QFormerCache, token_ids: jax.Array, positions: jax.Array, seen: jax.Array, slot: jax.Array | int
+    ) -> tuple[jax.Array, QFormerCache]:
+        """Further tokens of such texts, of which the cache holds what stands before them.
 
         Args:
-          cache: of the queries, `with_room` for the whole text.
-          token_ids: int[B].
-          position: of the token in its text, from 0.
+          cache: of the queries, `with_room` for the texts.
+          token_ids: int[B, M], of one text a row or of several.
+          positions: int[M], of these tokens in their texts, from 0.
+          seen: bool[B or 1, 1, M, S], which slots of the cache each of them sees, its own and those of the others here
+            among them.
+          slot: they are written to the slots from this one on.
 
         Returns:
-          `decode_text` of this token, its features float[B, D], and the cache with the token.
+          The features of `decode_text`, float[B, M, D], and the cache with the tokens.
         """
-        text = self._embed_text(token_ids[:, None], None, position)
-        filled = self.config.queries + position
-        # Behind the slots, those not filled yet among them, attention finds the token itself.
-        mask = jnp.append(jnp.arange(cache.shape[1]) < filled, True)[None, None, None]
+        count = token_ids.shape[1]
+        x = self.word_embeddings(token_ids) + self.position_embeddings(positions)[None]
+        text = self.embeddings_norm(rows_of(len(x)).keep(x))
+        # Attention finds these tokens behind the slots, not yet in them.
+        own = slot + jnp.arange(count)
+        these = jnp.take(seen, own, axis=-1)
+        mask = jnp.concatenate([seen & ~jnp.isin(jnp.arange(cache.shape[1]), own), these], axis=-1)
         (_, text), present = self.transformer((None, text), mask, None, cache, None)
-        features, bias = self.lm_head(text)
-        return features[:, 0], self.word_embeddings.embedding, bias, cache.write(present, filled)
+        return self.lm_head(text)[0], cache.write(present, slot)

@@ -18,7 +18,7 @@ from blip2_jax import files
 Row = dict[str, Any]
 
 # The name of what an evaluation found: of which source, and what. A source may be a path with slashes.
-EVALUATION = r"eval/(.+?)/((?:retrieval|caption|question)/.+|loss_\w+)"
+EVALUATION = r"eval/(.+?)/((?:retrieval|classification|caption|question)/.+|loss_\w+)"
 
 
 class Sink(Protocol):

@@ -32,6 +32,15 @@ PARAMETERS: params.Table[Spec] = [
     (r".*buckets/embedding", (None, "tensor")),
     (r".*(word_embeddings|embeddings|lm_head)/embedding", ("tensor", "fsdp")),
     (r".*(vision_proj|text_proj|language_projection|lm_head/dense)/kernel", ("fsdp", "tensor")),
+    # Adapters lie as the kernels beside them; their rank is whole on every device.
+    (r".*_mlp/output/lora_a", ("tensor", None)),
+    (r".*output/lora_a", ("tensor", None, None)),
+    (r".*down/lora_a", ("tensor", None)),
+    (r".*lora_a", ("fsdp", None)),
+    (r".*image_projection/(key|value)/lora_b", (None, None, "tensor", None)),
+    (r".*(query|key|value)/lora_b", (None, "tensor", None)),
+    (r".*(output|down)/lora_b", (None, "fsdp")),
+    (r".*lora_b", (None, "tensor")),
     # Whole on every device: what is small, and what reads pixels, its channels being few.
     (r".*/(scale|bias)", ()),
     (r"(.*/)?(query_tokens|positions|class_token|temperature)", ()),

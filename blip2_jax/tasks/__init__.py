@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import ml_collections
 
 from blip2_jax import params
-from blip2_jax.checkpoints import frozen, store, trained
+from blip2_jax.checkpoints import frozen, mapping, store, trained
+from blip2_jax.models import lora
 from blip2_jax.tasks.common import Task
 from blip2_jax.tasks.stage1 import Stage1
 from blip2_jax.tasks.stage2 import Stage2
@@ -49,8 +50,11 @@ def starting_point(task: Task) -> Callable[[jax.Array], params.Tree]:
     if init.startswith(("lavis:", "hf:")):
         return lambda key: _foreign_start(task, init, key)
     checkpoint = store.find_checkpoint(init)
-    _, parts = store.read_facts(checkpoint)
-    frozen.check({"vision": task.parts["vision"]}, {"vision": parts["vision"]}, str(checkpoint))
+    config, parts = store.read_facts(checkpoint)
+    theirs = lora.Settings(**config["lora"])
+    lora.check_same(task.lora, theirs, str(checkpoint))
+    needed = {"vision"} | ({"llm"} if "language" in theirs.targets else set())
+    frozen.check(task.parts, {name: parts[name] for name in needed}, str(checkpoint))
     return lambda key: warm_start(task, key, store.load_trainable(checkpoint), str(checkpoint))
 
 
@@ -60,7 +64,8 @@ def _foreign_start(task: Task, init: str, key: jax.Array) -> params.Tree:
     exact = language == "t5" and task.language_model.config.activation == "gelu"
     instruct = isinstance(task, Stage2) and task.config.instruct
     trained.check_fit(init, opened, language, exact, instruct, task.config.vision)
-    parameters, report = trained.read(opened, task.shapes(), task.blip2.qformer)
+    # All of the model, be some of it frozen beside adapters.
+    parameters, report = trained.read(opened, mapping.template(task.fresh_model), task.blip2.qformer)
     report.tell(init)
     return warm_start(task, key, parameters, init)
 
@@ -79,26 +84,29 @@ def warm_start(task: Task, key: jax.Array, known: params.Tree, where: str) -> pa
                 f"{where}: {path} has shape {old[path].shape}, this model needs {new[path].shape}: "
                 "give both runs the same config.model and config.image_size"
             )
-    if not any(path.startswith("qformer/") for path in shared):
+    if "qformer" not in task.lora.targets and not any(path.startswith("qformer/") for path in shared):
         raise ValueError(f"{where} holds no Q-Former to start from")
     print(
         f"started from {where}: {len(shared)} parameters taken over; fresh: {', '.join(missing) or 'none'}; "
         f"not needed here: {sum(path not in new for path in old)}",
         file=sys.stderr,
     )
-    # A whole checkpoint needs no BERT beside it.
-    fresh = params.flatten(task.initialize(key)) if missing else {}
+    # A whole Q-Former needs no BERT beside it.
+    make = task.initialize if any(path.startswith("qformer/") for path in missing) else jax.jit(task.fresh)
+    fresh = params.flatten(make(key)) if missing else {}
     return params.unflatten({path: jnp.asarray(old[path] if path in old else fresh[path]) for path in new})
 
 
 def load_trained(path: str | pathlib.Path) -> tuple[Task, params.Tree]:
-    """The task and the trained parameters of a workdir or a checkpoint of ours.
+    """The task and the trained parameters of a workdir or a checkpoint of ours, as `Task.assembled` has them.
 
     Raises:
       FileNotFoundError, ValueError: no checkpoint there, or its frozen parts are not to be found.
     """
     checkpoint = store.find_checkpoint(path)
     config, parts = store.read_facts(checkpoint)
+    if "qformer" in parts:  # Its source stands there as it was found.
+        config["init"] = parts["qformer"]["source"]
     task = create(ml_collections.ConfigDict(config))
     frozen.check(task.parts, parts, str(checkpoint))
-    return task, jax.tree.map(jnp.asarray, store.load_trainable(checkpoint))
+    return task, task.assembled(jax.tree.map(jnp.asarray, store.load_trainable(checkpoint)))

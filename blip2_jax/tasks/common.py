@@ -5,7 +5,6 @@ from __future__ import annotations
 import abc
 import functools
 import pathlib
-import re
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -17,7 +16,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from blip2_jax import params
-from blip2_jax.checkpoints import frozen, mapping
+from blip2_jax.checkpoints import base, frozen, mapping
 from blip2_jax.checkpoints.bert import initialize_qformer, qformer_config
 from blip2_jax.checkpoints.downloads import cache_directory
 from blip2_jax.checkpoints.qformer import INSTRUCTION_TOKENIZER
@@ -30,6 +29,7 @@ from blip2_jax.data.sources import open_source
 from blip2_jax.data.text import CaptionTokenizer, clean_caption
 from blip2_jax.decoding import Draws, GenerationConfig
 from blip2_jax.evaluation.batches import Layout, in_batches
+from blip2_jax.models import lora
 from blip2_jax.models.blip2 import Blip2Config
 from blip2_jax.models.qformer import QFormer
 from blip2_jax.parallel import gathering, sharding
@@ -61,6 +61,7 @@ class Task(abc.ABC):
     """One stage of training: what is frozen, what is trained, its loss, its data and its evaluation."""
 
     name: str
+    adapted_parts: tuple[str, ...] = ("qformer",)  # Those that adapters can be trained for.
     model: nn.Module
     mesh: Mesh | None = None  # What frozen parameters are spread over, if it is set before they are read.
 
@@ -74,6 +75,9 @@ class Task(abc.ABC):
         self.config = config
         self.dtype = frozen.frozen_dtype() if dtype is None else jnp.dtype(dtype)
         self.parts = {"vision": frozen.find("vision", config.vision), "bert": frozen.find("bert", config.bert)}
+        self.lora = lora.resolve(config.lora, self.adapted_parts)
+        if "qformer" in self.lora.targets:
+            self.parts["qformer"] = base.find(config.init)
         self.encoder = frozen.vision_encoder(self.parts["vision"], config.image_size, self.dtype)
         self._encode = jax.jit(self.encoder.encode)
         self._sources: dict[str, Source] = {}
@@ -109,8 +113,8 @@ class Task(abc.ABC):
         """How examples become batches."""
 
     @abc.abstractmethod
-    def fresh(self, key: jax.Array) -> params.Tree:
-        """A newly initialised trainable tree."""
+    def fresh_model(self, key: jax.Array) -> params.Tree:
+        """The newly initialised parameters of `model`."""
 
     @abc.abstractmethod
     def value_and_gradients(
@@ -133,9 +137,9 @@ class Task(abc.ABC):
 
     @abc.abstractmethod
     def captions(
-        self, trainable: params.Tree, image_embeds: jax.Array, config: GenerationConfig, draws: Sequence[Draws]
+        self, trainable: params.Tree, image_embeds: jax.Array, config: GenerationConfig, draws: Draws | None = None
     ) -> list[list[str]]:
-        """What the model writes about images float[B, P, D]: for each of them a caption a draw.
+        """What the model writes about images float[B, P, D]: for each of them R captions.
 
         Raises:
           ValueError: it does not write.
@@ -177,18 +181,49 @@ class Task(abc.ABC):
             )
         return tokenizer
 
+    def adaptable(self, part: str) -> lora.Adaptable:
+        """A part that adapters can be trained for."""
+        return lora.adaptable(self.fresh_model, part)
+
+    def fresh(self, key: jax.Array) -> params.Tree:
+        """A newly initialised trainable tree: that of `model`, or what of it learns beside adapters, and these."""
+        tree, adapters = dict(self.fresh_model(key)), {}
+        for part in self.lora.targets:
+            adapters[part] = lora.fresh(key, part, self.adaptable(part), self.lora)
+            tree.pop(part, None)
+        return tree | {"lora": adapters} if adapters else tree
+
+    def assembled(self, trainable: params.Tree) -> params.Tree:
+        """Trainable parameters as evaluation and generation take them: the Q-Former with its adapters, if it has any.
+
+        Adapters of a language model remain beside it, for `Stage2.language`.
+        """
+        if "qformer" not in trainable.get("lora", {}):
+            return trainable
+        rest = {part: adapters for part, adapters in trainable["lora"].items() if part != "qformer"}
+        whole, _ = lora.assemble(trainable, {"qformer": self._qformer}, self.lora.scale)
+        return whole | ({"lora": rest} if rest else {})
+
+    @functools.cached_property
+    def _qformer(self) -> params.Tree:
+        """The one that adapters are trained beside."""
+        shapes = self.frozen_shapes()["qformer"]
+        return base.load(self.parts["qformer"], shapes, self.blip2.qformer, self.put("qformer"))
+
     def shapes(self) -> params.Tree:
         """The trainable tree without its values."""
         return mapping.template(self.fresh)
 
     def frozen_shapes(self) -> params.Tree:
         """The whole frozen trees without their values."""
-        return {"vision": mapping.template(self.encoder.init, self.dtype)}
+        shapes = {"vision": mapping.template(self.encoder.init, self.dtype)}
+        return shapes | ({"qformer": self.adaptable("qformer").shapes} if "qformer" in self.lora.targets else {})
 
     @property
     def frozen(self) -> params.Tree:
         """The frozen parameters that the training step needs; empty where image tokens are computed before."""
-        return {} if self.config.data.feature_views else {"vision": self.vision_parameters}
+        vision = {} if self.config.data.feature_views else {"vision": self.vision_parameters}
+        return vision | ({"qformer": self._qformer} if "qformer" in self.lora.targets else {})
 
     def frozen_identity(self) -> dict[str, dict[str, str]]:
         """Source, content hash and dtype of every part that this run is built on, for frozen.json."""
@@ -219,7 +254,7 @@ class Task(abc.ABC):
         Where config.bert is a whole BLIP-2, which has no BERT inside, everything is fresh.
         """
         tree = dict(jax.jit(self.fresh)(key))
-        if not self.has_bert:
+        if not self.has_bert or "qformer" not in tree:
             return tree
         tree["qformer"] = initialize_qformer(
             tree["qformer"], self.parts["bert"].tensors, self.blip2.qformer, self.config.model.keep_token_type
@@ -233,10 +268,8 @@ class Task(abc.ABC):
 
     def rate_table(self, trainable: params.Tree) -> params.Table[float]:
         """Multipliers of the learning rate."""
-        paths = params.flatten(trainable)
-        rows = [(row, self.config.optimizer.fresh_multiplier) for row in FRESH]
-        rows = [row for row in rows if any(re.fullmatch(row[0], path) for path in paths)]
-        return [*rows, (r".*", 1.0)]
+        fresh = [(row, self.config.optimizer.fresh_multiplier) for row in FRESH]
+        return params.relevant([(r"lora/.*", self.lora.multiplier), *fresh, (r".*", 1.0)], trainable)
 
     def source(self, name: str) -> Source:
         """Open a source, once."""

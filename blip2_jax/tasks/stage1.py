@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -18,8 +19,10 @@ from blip2_jax.data.mixture import parse_mixture
 from blip2_jax.data.pipeline import Batch, Part, Pictures
 from blip2_jax.data.records import BadRecord, Source
 from blip2_jax.data.text import clean_caption, log_frequencies
-from blip2_jax.evaluation import retrieval
+from blip2_jax.evaluation import classification, retrieval
 from blip2_jax.evaluation.batches import Layout, Reading, in_batches
+from blip2_jax.evaluation.retrieval import Found
+from blip2_jax.evaluation.search import RowsOnDisk, search
 from blip2_jax.models.blip2 import ImageTextModel
 from blip2_jax.monitoring.progress import progress
 from blip2_jax.parallel.exchange import EXCHANGES
@@ -48,6 +51,7 @@ class Stage1(Task):
                 f"evaluation.rerank_rule = {config.evaluation.rerank_rule!r}: expected one of "
                 f"{', '.join(retrieval.RULES)}"
             )
+        classification.parse_templates(config.evaluation.templates)  # Raises what is wrong.
         if config.objective.exchange not in EXCHANGES:
             raise ValueError(
                 f"objective.exchange = {config.objective.exchange!r}: expected one of {', '.join(EXCHANGES)}"
@@ -70,7 +74,7 @@ class Stage1(Task):
         data = self.config.data
         return Stage1Batches(self.caption_tokenizer, data.max_text_tokens, data.lower_case)
 
-    def fresh(self, key: jax.Array) -> params.Tree:
+    def fresh_model(self, key: jax.Array) -> params.Tree:
         image = jnp.zeros((2, self.encoder.tokens, self.encoder.width))
         ids, mask = jnp.zeros((2, 4), jnp.int32), jnp.ones((2, 4), bool)
 
@@ -85,14 +89,17 @@ class Stage1(Task):
 
     def initialize(self, key: jax.Array) -> params.Tree:
         tree = super().initialize(key)
-        if self.has_bert and self.config.objective.itg_prior and not has_language_head(self.parts["bert"].tensors):
+        prior = "qformer" in tree and self.has_bert and self.config.objective.itg_prior
+        if prior and not has_language_head(self.parts["bert"].tensors):
             flat = params.flatten(tree)
             flat["qformer/lm_head/bias"] = jnp.asarray(self._token_prior(self.config.objective.itg_prior))
             tree = params.unflatten(flat)
         return tree
 
     def rate_table(self, trainable: params.Tree) -> params.Table[float]:
-        return [(row, self.config.optimizer.text_multiplier) for row in TEXT] + list(super().rate_table(trainable))
+        text = [(row, self.config.optimizer.text_multiplier) for row in TEXT]
+        adapters, rest = (r"lora/.*", self.lora.multiplier), super().rate_table(trainable)
+        return params.relevant([adapters, *text, *rest], trainable)
 
     def _token_prior(self, captions: int) -> np.ndarray:
         """float32[V]: log frequency of the tokens to be predicted in the first captions of each training source."""
@@ -124,6 +131,7 @@ class Stage1(Task):
             block=o.block,
             exchange=o.exchange,
             switches=self.compat,
+            lora_scale=self.lora.scale,
         )
 
     def rows_in_step(self) -> int:
@@ -143,13 +151,12 @@ class Stage1(Task):
         read = lambda model, image: model.image_features(model.project_image(image)).cache
         return self.model.apply({"params": trainable}, image_embeds.astype(jnp.float32), method=read)
 
-    def captions(self, trainable, image_embeds, config, draws):
+    def captions(self, trainable, image_embeds, config, draws=None):
         if not self.writes:
             raise ValueError("a stage 1 trained with objective.itg = 0 has not learnt to write captions")
         cache, tokenizer = self._read_images(trainable, image_embeds), self.caption_tokenizer
-        write = lambda draw: self._caption(trainable, cache, config, tokenizer.decoder_start, tokenizer.end, draw)
-        written = [np.asarray(write(draw)) for draw in draws]
-        return [[tokenizer.decode(row) for row in rows] for rows in zip(*written, strict=True)]
+        written = self._caption(trainable, cache, config, tokenizer.decoder_start, tokenizer.end, draws)
+        return [[tokenizer.decode(text) for text in texts] for texts in np.asarray(written.tokens)]
 
     # Evaluation.
 
@@ -212,58 +219,109 @@ class Stage1(Task):
         """Losses, and retrieval by ITC and re-ranked by ITM; samples are each caption's and each picture's first finds.
 
         A loss is the mean over the examples of what each has in its batch of config.evaluation.batch_size; ITM's wrong
-        ones are drawn by the same noise every time.
+        ones are drawn by the same noise every time. Of an image with several captions it sees the first, retrieval all.
         """
         layout = self.evaluation_layout()
         reading = Reading(layout, pictures, self._evaluation_collate)
-        judges = bool(self.config.evaluation.rerank and self.config.objective.itm)
-        features, losses, tokens = [], [], []
-        for number, (own, batch) in enumerate(reading):
-            features.append(layout.call(self.image_features, trainable, batch["image_embeds"]))
-            losses.append(layout.call(self._validation, trainable, batch, np.int32(number)))
-            if judges:
-                tokens.append(own["image_embeds"])
-        captions = [clean_caption(example["caption"], self.config.data.lower_case) for example in reading.examples]
-        gallery = retrieval.gallery(captions)
-        ids, mask = self.caption_tokenizer(gallery.texts, self.config.data.max_text_tokens)
-        encode = functools.partial(self.text_features, trainable)
-        text_features = in_batches(layout, encode, (ids, mask), "captions")
-        scores = np.einsum("iqe,te->itq", reading.of_examples(features), text_features).max(-1)
-        ranked = {"itc": (scores, scores.T)}
-        if judges:
-            match = functools.partial(self._match_pairs, trainable, layout, reading.numbers, tokens, ids, mask)
-            ranked["itm"] = self._reranked(float(trainable["temperature"]), scores, match)
-        recalls = {
-            by: retrieval.both_directions(of_images, gallery.relevant, of_texts)
-            for by, (of_images, of_texts) in ranked.items()
-        }
+        losses = []
+        with contextlib.closing(RowsOnDisk()) as features:
+            for number, (_, batch) in enumerate(reading):
+                features.append(layout.own(layout.run(self.image_features, trainable, batch["image_embeds"])))
+                losses.append(layout.call(self._validation, trainable, batch, np.int32(number)))
+            clean = lambda texts: [clean_caption(text, self.config.data.lower_case) for text in texts]
+            captions = [clean(example["captions"]) for example in reading.examples]
+            gallery = retrieval.gallery(captions)
+            tokens = self.caption_tokenizer(gallery.texts, self.config.data.max_text_tokens)
+            encode = functools.partial(self.text_features, trainable)
+            text_features = in_batches(layout, encode, tokens, "captions")
+            keep = max(self.config.evaluation.rerank, *retrieval.RANKS)
+            found = search(layout, features, reading.numbers, text_features, keep)
+            classified = self._classified(trainable, layout, pictures, reading, features)
+        ranked = {"itc": found}
+        if self.config.evaluation.rerank and self.config.objective.itm:
+            match = functools.partial(self._match_pairs, trainable, layout, pictures, reading.numbers, *tokens)
+            ranked |= self._reranked(float(trainable["temperature"]), *found, match)
+        recalls = {by: retrieval.both_directions(gallery, *both) for by, both in ranked.items()}
         metrics = _mean_losses(losses, reading.numbers // layout.batch_size)
         metrics |= {f"retrieval/{path}": value for path, value in params.flatten(recalls).items()}
+        metrics |= {f"classification/{path}": value for path, value in params.flatten(classified).items()}
         keys = [example["key"] for example in reading.examples]
-        samples = (_retrieval_samples(by, keys, captions, gallery, *found) for by, found in ranked.items())
+        samples = (
+            _retrieval_samples(by, keys, captions, gallery, *ranked[by]) for by in ("itc", "itm") if by in ranked
+        )
         return metrics, list(itertools.chain(*samples))
 
-    def _reranked(self, temperature: float, scores, match) -> tuple[np.ndarray, np.ndarray]:
-        """Scores, for images and for texts, when the best by ITC are judged again; `match` gives ITM's logits."""
-        top, rule = self.config.evaluation.rerank, retrieval.RULES[self.config.evaluation.rerank_rule]
+    def class_features(
+        self, trainable: params.Tree, layout: Layout, classes: Sequence[str], templates: Sequence[str]
+    ) -> np.ndarray:
+        """Names of classes in templates with one "{}" -> float32[C, E] of unit length, to compare with images."""
+        tokens = self._tokens(classification.prompts(classes, templates))
+        features = in_batches(layout, functools.partial(self.text_features, trainable), tokens, "classes")
+        return classification.class_features(features, len(templates))
 
-        def judge(image: np.ndarray, text: np.ndarray, label: str) -> np.ndarray:
-            return rule(match(image, text, label), scores[image, text], temperature)
+    def _classified(self, trainable, layout, pictures, reading, features) -> dict[str, dict[str, float]]:
+        """Zero-shot accuracy by ITC, and with the best classes judged again by ITM; of pictures with a category alone.
 
-        of_images = retrieval.rerank(scores, lambda i, t: judge(i, t, "ITM, captions of an image"), top)
-        of_texts = retrieval.rerank(scores.T, lambda t, i: judge(i, t, "ITM, images of a caption"), top)
-        return of_images, of_texts
+        The classes are the categories that the pictures have; ITM judges each in all templates, and their mean counts.
+        """
+        templates = classification.parse_templates(self.config.evaluation.templates)
+        categories = [example.get("category") for example in reading.examples]
+        if not templates or None in categories:
+            return {}
+        classes, labels = np.unique(categories, return_inverse=True)
+        texts, top = self.class_features(trainable, layout, classes.tolist(), templates), self.config.evaluation.rerank
+        keep = max(top, *classification.RANKS)
+        found, _ = search(layout, features, reading.numbers, texts, keep)
+        result = {"itc": classification.accuracies(found.index, labels)}
+        if not (top and self.config.objective.itm):
+            return result
+        first = Found(found.scores[:, :top], found.index[:, :top])
+        shape = (*first.index.shape, len(templates))
+        image, chosen, template = (x.ravel() for x in np.indices(shape))
+        prompt = first.index[image, chosen] * len(templates) + template
+        tokens = self._tokens(classification.prompts(classes.tolist(), templates))
+        logits = self._match_pairs(trainable, layout, pictures, reading.numbers, *tokens, image, prompt, "ITM, classes")
+        rule, temperature = retrieval.RULES[self.config.evaluation.rerank_rule], float(trainable["temperature"])
+        judged = rule(logits, first.scores[image, chosen], temperature).reshape(shape).mean(-1)
+        return result | {"itm": classification.accuracies(retrieval.rerank(found, judged).index, labels)}
 
-    def _match_pairs(self, trainable, layout: Layout, numbers, tokens, ids, mask, image, text, label) -> np.ndarray:
+    def _tokens(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Of texts, cleaned: int32[N, T] and their mask."""
+        clean = [clean_caption(text, self.config.data.lower_case) for text in texts]
+        return self.caption_tokenizer(clean, self.config.data.max_text_tokens)
+
+    def _reranked(self, temperature: float, of_images, of_texts, match) -> dict[str, tuple[Found, Found]]:
+        """The best by ITC judged again: "itm" by the recipe's rule, and by name ITM alone and LAVIS's sum with ITC.
+
+        `match` gives ITM's logits of images and captions.
+        """
+        top, named = self.config.evaluation.rerank, self.config.evaluation.rerank_rule
+        rules = {"itm": named, "itm_alone": "match", "itm_lavis": "lavis"}
+
+        def judge(found: Found, pairs: Callable, label: str) -> dict[str, Found]:
+            first = Found(found.scores[:, :top], found.index[:, :top])
+            query = np.broadcast_to(np.arange(len(first.index))[:, None], first.index.shape)
+            logits = match(*pairs(query.ravel(), first.index.ravel()), label)
+            judged = lambda rule: retrieval.RULES[rule](logits, first.scores.ravel(), temperature)
+            return {by: retrieval.rerank(found, judged(rule).reshape(query.shape)) for by, rule in rules.items()}
+
+        images = judge(of_images, lambda query, found: (query, found), "ITM, captions of an image")
+        texts = judge(of_texts, lambda query, found: (found, query), "ITM, images of a caption")
+        return {by: (images[by], texts[by]) for by in rules}
+
+    def _match_pairs(
+        self, trainable, layout: Layout, pictures: Pictures, numbers, ids, mask, image, text, label
+    ) -> np.ndarray:
         """ITM's logits of pairs of an image and a caption, float32[N, 2].
 
-        Every pair is judged where its image was read, so that no process has to have the tokens of all images.
+        Image tokens are read again from the files they were computed into, in the order of the images: no more than
+        those of a batch are in memory.
 
         Args:
           trainable: the parameters.
-          layout: of the batches in which images were read, and in which pairs are judged.
+          layout: of the batches in which pairs are judged.
+          pictures: with the image tokens.
           numbers: int[images], which record each image is.
-          tokens: [b, P, D] of every batch, those of this process.
           ids: int32[texts, T], the captions, with their `mask`.
           mask: bool[texts, T].
           image: int[N], of each pair.
@@ -271,18 +329,17 @@ class Stage1(Task):
           label: of the progress bar.
         """
         size, logits = layout.batch_size, np.zeros((len(image), 2), np.float32)
-        dealt = layout.deal(layout.shard(numbers[image]))
-        for chosen in progress(dealt, desc=label, unit="batch", leave=False):
+        order = np.argsort(image, kind="stable")
+        tokens = functools.lru_cache(size)(lambda number: pictures.features[0, number])
+        for start in progress(range(0, len(order), size), desc=label, unit="batch", leave=False):
+            chosen = np.resize(order[start : start + size], size)  # Where there is no pair, one again.
             own = chosen[layout.rows]
-            # Where there is no pair, any image of this process with any caption.
-            record = np.where(own < 0, layout.rows, numbers[image[own]])
             batch = {
-                "image_embeds": np.stack([tokens[n // size][np.searchsorted(layout.rows, n % size)] for n in record]),
+                "image_embeds": np.stack([tokens(int(numbers[number])) for number in image[own]]),
                 "text_ids": ids[text[own]],
                 "text_mask": mask[text[own]],
             }
-            found = layout.call(self.match_logits, trainable, *layout.place(batch).values())
-            logits[chosen[chosen >= 0]] = found[chosen >= 0]
+            logits[chosen] = layout.call(self.match_logits, trainable, *layout.place(batch).values())
         return logits
 
     def _evaluation_collate(self, examples: Sequence[dict]) -> Batch:
@@ -313,17 +370,24 @@ def _every(name: str, share: float) -> int:
     return step
 
 
-def _retrieval_samples(by, keys, captions, gallery, scores, text_scores, shown: int = 5) -> list[dict]:
-    """For each caption the pictures found first, for each picture the captions, as the report shows them."""
+def _retrieval_samples(
+    by, keys, captions, gallery, of_images, of_texts, shown: int = 5, most: int = 1000
+) -> list[dict]:
+    """For captions the pictures found first, for pictures the captions, as the report shows them: `most` of each."""
     samples = []
-    for text, order in enumerate(retrieval.ranking(text_scores)[:, :shown]):
-        found = [keys[image] for image in order]
-        right = [bool(gallery.relevant[image, text]) for image in order]
+    for text in _spread(len(gallery.texts), most):
+        found = of_texts.index[text, :shown]
         sample = {"kind": "text_to_image", "by": by, "text": gallery.texts[text]}
-        samples.append(sample | {"found": found, "right": right})
-    for image, order in enumerate(retrieval.ranking(scores)[:, :shown]):
-        found = [gallery.texts[text] for text in order]
-        right = [bool(gallery.relevant[image, text]) for text in order]
-        sample = {"kind": "image_to_text", "by": by, "key": keys[image], "text": captions[image]}
-        samples.append(sample | {"found": found, "right": right, "similarity": float(scores[image].max())})
+        right = gallery.right(found, text).tolist()
+        samples.append(sample | {"found": [keys[image] for image in found], "right": right})
+    for image in _spread(len(keys), most):
+        found = of_images.index[image, :shown]
+        sample = {"kind": "image_to_text", "by": by, "key": keys[image], "text": captions[image][0]}
+        sample |= {"found": [gallery.texts[text] for text in found], "right": gallery.right(image, found).tolist()}
+        samples.append(sample | {"similarity": float(of_images.scores[image, 0])})
     return samples
+
+
+def _spread(count: int, most: int) -> list[int]:
+    """At most so many numbers below `count`, evenly spread."""
+    return np.unique(np.linspace(0, count - 1, min(count, most)).round().astype(int)).tolist()

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from blip2_jax import params
 from blip2_jax.compat import Compat
 from blip2_jax.data.pipeline import Batch
+from blip2_jax.models import lora
 from blip2_jax.models.blip2 import ImageFeatures, ImageTextModel
 from blip2_jax.models.layers import KeyValue
 from blip2_jax.models.qformer import QFormerCache
@@ -83,7 +84,7 @@ class Stage1Loss:
     """The objective of stage 1; knows no files, no tokenizer and no optimizer.
 
     Trainable are the parameters of `model`, and those of the encoder if they stand beside them under "vision"; if not,
-    they are frozen["vision"].
+    they are frozen["vision"]. Adapters stand under "lora", and the Q-Former that they adapt is frozen["qformer"].
 
     Attributes:
       model: the Q-Former with its heads.
@@ -96,6 +97,7 @@ class Stage1Loss:
       block: captions that ITC compares at once with a device's images.
       exchange: how wrong images' tokens travel; see `exchange.take_rows`.
       switches: what is done as LAVIS does it.
+      lora_scale: of adapters.
     """
 
     model: ImageTextModel
@@ -112,6 +114,7 @@ class Stage1Loss:
     block: int = 512
     exchange: str = "ring"
     switches: Compat = dataclasses.field(default_factory=Compat)
+    lora_scale: float = 0.0
 
     def value_and_gradients(
         self,
@@ -136,7 +139,7 @@ class Stage1Loss:
 
     def loss(self, trainable, frozen, batch: Batch, key: jax.Array, negatives=None) -> tuple[jax.Array, Metrics]:
         """Loss float32[] and metrics of a batch in one piece."""
-        batch = _numbered(batch)
+        batch, (trainable, frozen) = _numbered(batch), lora.assemble(trainable, frozen, self.lora_scale)
         embeds = image_embeds(self.encode, trainable, frozen, batch)
         read = self._read(trainable, embeds, batch, key)
         features = read.seen.features, read.text_features
@@ -286,7 +289,8 @@ class Stage1Loss:
         The features of all pieces come first, without anything kept; ITC's gradient by these features is then what each
         piece sends back through its passes, which run again, together with the terms that are sums over rows.
         """
-        batch = _numbered(batch)
+        batch, differentiated = _numbered(batch), trainable
+        trainable, _ = lora.assemble(differentiated, frozen, self.lora_scale)
         rows = rows_of(len(batch["row"]))
         cut = lambda tree: jax.tree.map(lambda x: rows_of(len(x)).pieces(x, self.pieces), tree)
         pieces = cut(batch)
@@ -303,7 +307,8 @@ class Stage1Loss:
         whole_embeds = rows.whole(embeds)
         work = self._work(whole_embeds, batch, negatives)
 
-        def piece_loss(trainable, embeds, wrong_embeds, work, piece, pulls):
+        def piece_loss(differentiated, embeds, wrong_embeds, work, piece, pulls):
+            trainable, _ = lora.assemble(differentiated, frozen, self.lora_scale)
             work = work._replace(wrong_embeds=wrong_embeds)
             read = self._read(trainable, embeds, piece, key)
             terms = self._row_terms(trainable, read, work, key)
@@ -315,10 +320,10 @@ class Stage1Loss:
 
         def body(carry, inputs):
             differentiate = jax.grad(piece_loss, argnums=(0, 1, 2) if trained else (0,), has_aux=True)
-            (gradients, *by_embeds), terms = differentiate(trainable, *inputs)
+            (gradients, *by_embeds), terms = differentiate(differentiated, *inputs)
             return jax.tree.map(jnp.add, carry, (gradients, terms)), by_embeds
 
-        zeros = jax.tree.map(jnp.zeros_like, trainable), RowTerms(*[jnp.float32(0)] * len(RowTerms._fields))
+        zeros = jax.tree.map(jnp.zeros_like, differentiated), RowTerms(*[jnp.float32(0)] * len(RowTerms._fields))
         inputs = embeds, cut(work.wrong_embeds), cut(work._replace(wrong_embeds=None)), pieces, cut(pulls[:2])
         (gradients, terms), by_embeds = jax.lax.scan(body, zeros, inputs)
         gradients |= {"temperature": gradients["temperature"] + self.itc * pulls[2]}

@@ -13,19 +13,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from blip2_jax import compat, decoding, params
+from blip2_jax import compat, params
 from blip2_jax.checkpoints import frozen, language
 from blip2_jax.data.pipeline import Batch, Part, Pictures
 from blip2_jax.data.text import LanguageTokenizer, clean_caption
-from blip2_jax.decoding import Draws, GenerationConfig
+from blip2_jax.decoding import GenerationConfig
 from blip2_jax.evaluation import captioning
-from blip2_jax.evaluation.batches import Layout, Reading, in_batches
+from blip2_jax.evaluation.batches import Layout, Reading
+from blip2_jax.models import lora
 from blip2_jax.models.blip2 import SoftPromptModel
 from blip2_jax.models.language.t5 import T5
 from blip2_jax.parallel import gathering
 from blip2_jax.tasks.common import Metrics, Task
 from blip2_jax.tasks.stage2_batches import Stage2Batches
 from blip2_jax.tasks.stage2_loss import Stage2Loss
+from blip2_jax.tasks.writing import Writing
 
 _TEXTS = ("prompt_ids", "prompt_mask", "target_ids", "target_mask")
 
@@ -34,6 +36,7 @@ class Stage2(Task):
     """Causal language modelling of captions, and of answers to questions, behind the soft prompt."""
 
     name = "stage2"
+    adapted_parts = lora.PARTS
 
     def __init__(self, config, dtype=None):
         super().__init__(config, dtype)
@@ -43,7 +46,7 @@ class Stage2(Task):
         self.compat = compat.resolve(config.compat)
         self._soft_prompt = jax.jit(self.soft_prompt)
         self._nats = jax.jit(self._count_nats)
-        self._write = jax.jit(self._write_tokens, static_argnames="config")
+        self.writing = Writing(self)
         if config.data.split_captions and not self.reads_apart:
             raise ValueError(
                 f"data.split_captions with a language model {self.parts['llm'].model_type!r}: only an encoder-decoder "
@@ -65,6 +68,7 @@ class Stage2(Task):
             0 if self.reads_apart else self.batches.lengths[2],
             self.config.pieces,
             self.compat,
+            self.lora.scale,
         )
 
     def _language_changes(self) -> dict[str, Any]:
@@ -80,8 +84,27 @@ class Stage2(Task):
         return remat | {"activation": activation}
 
     @functools.cached_property
-    def _language(self) -> params.Tree:
+    def language_parameters(self) -> params.Tree:
         return frozen.load_language_model(self.parts["llm"], self.language_model, self.dtype, self.put("language"))
+
+    def language(self, trainable: params.Tree) -> params.Tree:
+        """The language model's parameters, with the adapters that were trained for it, if any were.
+
+        Raises:
+          ValueError: they are not among the trainable parameters.
+        """
+        if "language" not in self.lora.targets:
+            return self.language_parameters
+        if "language" not in trainable.get("lora", {}):
+            raise ValueError(
+                f"the language model has a LoRA of {self.lora.of('language')}, which is not among what is given"
+            )
+        return lora.attach(self.language_parameters, trainable["lora"]["language"], self.lora.scale)
+
+    def adaptable(self, part: str) -> lora.Adaptable:
+        if part != "language":
+            return super().adaptable(part)
+        return lora.adaptable(functools.partial(language.initialize, self.language_model))
 
     @functools.cached_property
     def tokenizer(self) -> LanguageTokenizer:
@@ -104,7 +127,7 @@ class Stage2(Task):
 
     @property
     def frozen(self) -> params.Tree:
-        return super().frozen | {"language": self._language}
+        return super().frozen | {"language": self.language_parameters}
 
     @functools.cached_property
     def batches(self) -> Stage2Batches:
@@ -128,7 +151,7 @@ class Stage2(Task):
 
     # Model and loss.
 
-    def fresh(self, key: jax.Array) -> params.Tree:
+    def fresh_model(self, key: jax.Array) -> params.Tree:
         image = jnp.zeros((2, self.encoder.tokens, self.encoder.width))
         # InstructBLIP's Q-Former reads the instruction too, and so has the text's parameters.
         text = (jnp.zeros((2, 4), jnp.int32), jnp.ones((2, 4), bool)) if self.config.instruct else ()
@@ -149,51 +172,19 @@ class Stage2(Task):
 
     @property
     def writes(self) -> bool:
-        """Whether this language model can be decoded from so far."""
-        return not self.config.instruct and not self.reads_apart
+        return True
 
-    def _write_tokens(self, language, soft_prompt, prompt_ids, prompt_mask, config, draws):
-        model = self.language_model.bind({"params": language})
-        image = self.objective.prefix(model, soft_prompt)
-        prefix = jnp.concatenate([image, model.embed(prompt_ids)], axis=1)
-        present = jnp.concatenate([jnp.ones(image.shape[:2], bool), prompt_mask], axis=1)
-        return decoding.generate(self.language_model, language, prefix, present, config, self.tokenizer.end, draws)
+    def read(self, trainable: params.Tree, image_embeds: jax.Array, prompts: Sequence[str]) -> jax.Array:
+        """Soft prompts float[B, Q, D_language] of images float[B, P, D_image]; InstructBLIP's read the prompts, too."""
+        return self._soft_prompt(trainable, image_embeds, self.writing.instructions(prompts))
 
-    def generate(
-        self,
-        soft_prompt: jax.Array | np.ndarray,
-        prompts: Sequence[str],
-        config: GenerationConfig,
-        draws: Draws | None = None,
-    ) -> list[str]:
-        """Texts for soft prompts float[B, Q, D] and as many prompts; without a temperature `draws` are not needed.
-
-        Raises:
-          ValueError: the language model is an encoder-decoder, or the Q-Former reads instructions.
-        """
-        if not self.writes:
-            what = "InstructBLIP" if self.config.instruct else f"{type(self.language_model).__name__} as config.llm"
-            raise ValueError(f"{what}: import, export, inspection and training are there, generation not yet")
-        return self._texts(self._write(self._language, soft_prompt, *self._prompts(prompts), config, draws))
-
-    def _prompts(self, prompts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Their tokens int32[B, T], as many as the longest has, and bool[B, T] where there are some."""
-        return self.tokenizer.prompts(prompts, max(len(self.tokenizer.encode_prompt(prompt)) for prompt in prompts))
-
-    def _texts(self, tokens: jax.Array | np.ndarray) -> list[str]:
-        """From int32[B, N]."""
-        return [self.tokenizer.decode(row).strip() for row in np.asarray(tokens)]
-
-    def captions(self, trainable, image_embeds, config, draws):
-        soft_prompt, prompts = self._soft_prompt(trainable, image_embeds), [self.config.data.prompt] * len(image_embeds)
-        written = [self.generate(soft_prompt, prompts, config, draw) for draw in draws]
-        return [list(texts) for texts in zip(*written, strict=True)]
+    def captions(self, trainable, image_embeds, config, draws=None):
+        prompts = [self.config.data.prompt] * len(image_embeds)
+        soft_prompt = self.read(trainable, image_embeds, prompts)
+        return self.writing.write(self.language(trainable), soft_prompt, prompts, config, draws)
 
     def evaluate(self, trainable, pictures: Pictures) -> tuple[dict[str, float], list[dict]]:
-        """Captions and answers by greedy decoding, and how much the loss rises with the wrong picture.
-
-        Of a language model that cannot be decoded from (`writes`) the losses alone, and no samples.
-        """
+        """Captions and answers by greedy decoding, and how much the loss rises with the wrong picture."""
         layout = self.evaluation_layout()
         reading = Reading(layout, pictures, self._evaluation_collate)
         soft_prompts, texts = [], []
@@ -204,17 +195,16 @@ class Stage2(Task):
         captions = [clean_caption(example["caption"], self.config.data.lower_case) for example in reading.examples]
         soft_prompt = reading.of_examples(soft_prompts)
         texts = {name: reading.of_examples([text[name] for text in texts]) for name in texts[0]}
-        true, shuffled = self._true_and_shuffled_loss(layout, soft_prompt, texts, captions)
+        language = self.language(trainable)
+        true, shuffled = self._true_and_shuffled_loss(layout, language, soft_prompt, texts, captions)
         metrics = {"caption/loss": true, "caption/shuffled_image_loss_increase": shuffled - true}
-        if not self.writes:
-            return metrics, []
-        written, samples = self._written(layout, soft_prompt, reading.examples, captions)
+        written, samples = self._written(language, soft_prompt, reading.examples, captions)
         return written | metrics, samples
 
-    def _written(self, layout: Layout, soft_prompt, examples, captions) -> tuple[dict[str, float], list[dict]]:
+    def _written(self, language, soft_prompt, examples, captions) -> tuple[dict[str, float], list[dict]]:
         """What is written for the pictures of some examples, judged."""
         data = self.config.data
-        generated = self._write_all(layout, soft_prompt, data.prompt, self.config.evaluation.max_new_tokens)
+        generated = self._write_all(language, soft_prompt, data.prompt, self.config.evaluation.max_new_tokens)
         scores = captioning.score(generated, [[caption] for caption in captions])
         metrics = {f"caption/{name}": value for name, value in scores.items()}
         samples = [
@@ -222,7 +212,7 @@ class Stage2(Task):
             for example, caption, text in zip(examples, captions, generated, strict=True)
         ]
         if data.questions and all("category" in example for example in examples):
-            answers = self._write_all(layout, soft_prompt, data.question, data.max_answer_tokens)
+            answers = self._write_all(language, soft_prompt, data.question, data.max_answer_tokens)
             right = [answer == example["category"] for answer, example in zip(answers, examples, strict=True)]
             metrics["question/accuracy"] = float(np.mean(right))
             for sample, example, answer in zip(samples, examples, answers, strict=True):
@@ -232,11 +222,11 @@ class Stage2(Task):
     def _evaluation_collate(self, examples: Sequence[dict]) -> Batch:
         return self.batches.collate([self.batches.prepare_caption(example) for example in examples])
 
-    def _write_all(self, layout: Layout, soft_prompt: np.ndarray, prompt: str, tokens: int) -> list[str]:
+    def _write_all(self, language, soft_prompt: np.ndarray, prompt: str, tokens: int) -> list[str]:
         """Greedily, a text for each soft prompt float32[N, Q, D]."""
-        ids, mask = self._prompts([prompt] * len(soft_prompt))
-        write = lambda *inputs: self._write(self._language, *inputs, GenerationConfig(tokens), None)
-        return self._texts(in_batches(layout, write, (soft_prompt, ids, mask), f"writing behind {prompt!r}"))
+        prompts, config = [prompt] * len(soft_prompt), GenerationConfig(tokens)
+        label = f"writing behind {prompt!r}"
+        return [text for (text,) in self.writing.write(language, soft_prompt, prompts, config, label=label)]
 
     def _count_nats(self, language, batch: Batch) -> tuple[jax.Array, jax.Array]:
         """Sum of the losses of the tokens that count, and their number, of soft prompts and texts."""
@@ -244,7 +234,9 @@ class Stage2(Task):
         weights = texts.counts.astype(jnp.float32)
         return self.objective.language_loss(language, batch["soft_prompt"], texts, weights), weights.sum()
 
-    def _true_and_shuffled_loss(self, layout: Layout, soft_prompt, texts: Batch, captions) -> tuple[float, float]:
+    def _true_and_shuffled_loss(
+        self, layout: Layout, language, soft_prompt, texts: Batch, captions
+    ) -> tuple[float, float]:
         """Nats a target token with each caption's own picture, and with another's: half the set further on."""
         count = len(captions)
         other = np.roll(np.arange(count), count // 2)
@@ -254,7 +246,7 @@ class Stage2(Task):
         def mean_loss(soft_prompt: np.ndarray, label: str) -> float:
             total = tokens = 0.0
             for batch in layout.batches(texts | {"soft_prompt": soft_prompt}, label):
-                loss, there = layout.call(self._nats, self._language, batch)
+                loss, there = layout.call(self._nats, language, batch)
                 total, tokens = total + float(loss), tokens + float(there)
             return total / tokens
 

@@ -66,14 +66,14 @@ class Stage2Batches:
     def _prepare(self, example: Record, prompt: str, target: str, target_length: int) -> Record:
         bos = self._predicted_bos(prompt)
         target_ids = [*bos, *self.tokenizer.encode_target(target, target_length - len(bos))]
-        found = example | {"prompt_ids": self._encode_prompt(prompt), "target_ids": target_ids}
+        found = example | {"prompt_ids": self.encode_prompt(prompt), "target_ids": target_ids}
         return found | {"instruction": prompt} if self.instructions else found
 
     def _predicted_bos(self, prompt: str) -> list[int]:
         """The token between soft prompt and text where it is itself to be predicted."""
         return [] if prompt or self.reads_apart or not self.bos_target else self.tokenizer.bos
 
-    def _encode_prompt(self, prompt: str) -> list[int]:
+    def encode_prompt(self, prompt: str) -> list[int]:
         """What stands between soft prompt and target; an encoder's text has its end token, as T5's texts had."""
         if self._predicted_bos(prompt):
             return []
@@ -88,7 +88,7 @@ class Stage2Batches:
     def lengths(self) -> tuple[int, int, int]:
         """The longest prompt, the longest target, and the longest row of one behind the other, in tokens."""
         data = self.data
-        prompts = [len(self._encode_prompt(prompt)) for prompt in self.prompts]
+        prompts = [len(self.encode_prompt(prompt)) for prompt in self.prompts]
         targets = [data.max_text_tokens, data.max_answer_tokens][: len(prompts)]
         row = max(prompt + target for prompt, target in zip(prompts, targets, strict=True))
         if data.split_captions:

@@ -12,17 +12,15 @@ from jax.sharding import PartitionSpec
 from blip2_jax import params
 from blip2_jax.compat import Compat
 from blip2_jax.data.pipeline import Batch
+from blip2_jax.models import lora
 from blip2_jax.models.blip2 import SoftPromptModel
 from blip2_jax.models.language import join
 from blip2_jax.models.language.decoder import Decoder
-from blip2_jax.models.language.t5 import T5
+from blip2_jax.models.language.t5 import START, T5
 from blip2_jax.models.layers import causal_mask
 from blip2_jax.objectives.language_modeling import language_modeling_loss, token_weights
 from blip2_jax.parallel.rows import rows_of
 from blip2_jax.tasks.encoding import Encode, image_embeds
-
-# What a T5's decoder reads before the first word (decoder_start_token_id).
-_START = 0
 
 
 class Texts(NamedTuple):
@@ -66,6 +64,7 @@ class Stage2Loss:
       row_length: T of a decoder's rows of prompt and target; 0: as long as both fields together.
       pieces: in so many a batch goes through, which changes memory and time, not the gradient.
       compat: of its switches `rank_token_mean`, `world_size` and `llm_dropout`.
+      lora_scale: of adapters, which stand in the trainable tree under "lora" (`models.lora`).
     """
 
     model: SoftPromptModel
@@ -75,6 +74,7 @@ class Stage2Loss:
     row_length: int = 0
     pieces: int = 1
     compat: Compat = dataclasses.field(default_factory=Compat)
+    lora_scale: float = 0.0
 
     @property
     def reads_apart(self) -> bool:
@@ -116,7 +116,7 @@ class Stage2Loss:
         if self.reads_apart:
             mask = jnp.concatenate([jnp.ones(prefix.shape[:2], bool), texts.mask], axis=1)
             encoded = model.encode(embeds, mask, rows)
-            shifted = jnp.pad(texts.targets[:, :-1], ((0, 0), (1, 0)), constant_values=_START)
+            shifted = jnp.pad(texts.targets[:, :-1], ((0, 0), (1, 0)), constant_values=START)
             hidden, _ = model.decode(encoded, keep(model.embed(shifted)), dropout_rows=rows)
             return keep(hidden)
         # Padding stands at the end, where causality already hides it.
@@ -146,6 +146,7 @@ class Stage2Loss:
 
     def _piece(self, trainable: params.Tree, frozen: params.Tree, piece: dict, key: jax.Array) -> jax.Array:
         """What a piece, rows of `_prepared`, has of the loss of the whole batch."""
+        trainable, frozen = lora.assemble(trainable, frozen, self.lora_scale)
         reads, writes = jax.random.split(key)
         rows = rows_of(len(piece["rows"]))
         drops = lambda wanted: piece["rows"] if wanted else None

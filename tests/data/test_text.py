@@ -72,11 +72,6 @@ def test_another_end(llama):
         LanguageTokenizer(llama, end="zq")
 
 
-def test_a_prompt_is_never_cut(llama):
-    with pytest.raises(ValueError, match="shorten it"):
-        LanguageTokenizer(llama).prompts(["short", "a rather longer prompt"], 4)
-
-
 def test_no_tokenizer(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"tokenizer\.json is missing"):
         CaptionTokenizer(tmp_path)

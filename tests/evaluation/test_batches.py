@@ -37,15 +37,12 @@ def test_a_batch_is_computed_where_its_rows_lie(layout):
     assert tensor == layout.mesh.shape["tensor"]
 
 
-def test_everything_is_dealt_once_to_its_own_shard_in_as_few_batches_as_can_be(layout, rng):
-    shards, size = meshes.batch_shards(layout.mesh), 4 // meshes.batch_shards(layout.mesh)
-    own = layout.shard(rng.integers(0, 11, 25))
-    dealt = layout.deal(own)
-    assert sorted(dealt[dealt >= 0].tolist()) == list(range(25))
-    assert len(dealt) == -(-np.bincount(own).max() // size)
-    for shard in range(shards):
-        rows = dealt[:, shard * size : (shard + 1) * size]
-        assert set(own[rows[rows >= 0]].tolist()) <= {shard}
+def test_the_rows_of_a_process_are_those_it_brings(layout):
+    batch = layout.place({"x": np.arange(8.0).reshape(4, 2)[layout.rows]})["x"]
+    np.testing.assert_array_equal(
+        layout.own(layout.run(jax.jit(lambda x: x + 1), batch)), np.arange(1.0, 9).reshape(4, 2)
+    )
+    assert layout.replicate(np.arange(3)).sharding.is_fully_replicated
 
 
 @pytest.mark.parametrize(("source", "usable"), [(Squares, range(10)), (Faulty, [1, 2, 4, 5, 7, 8])])
@@ -54,7 +51,7 @@ def test_after_reading_all_is_known_of_what_can_be_used(layout, source, usable, 
     reds = [layout.call(lambda image: image[:, 0, 0, 0], batch["image"]) for _, batch in reading]
     assert reading.numbers.tolist() == list(usable)
     assert [example["key"] for example in reading.examples] == [str(number) for number in usable]
-    assert all(set(example) == {"key", "caption"} for example in reading.examples)
+    assert all(set(example) == {"key", "caption", "captions"} for example in reading.examples)
     np.testing.assert_array_equal(reading.of_examples(reds), [*usable])
     told = capsys.readouterr().err
     assert [f"left out of squares: {number}: it ends early" in told for number in range(10)] == [

@@ -91,7 +91,7 @@ def test_greedy_is_the_naive_loop_alone_and_in_a_ragged_batch(model):
     lengths = [3, 6, 1, 4]
     prefixes = [jax.random.normal(jax.random.key(10 + i), (n, 24)) for i, n in enumerate(lengths)]
     expected = [naive_greedy(model, prefix, 7) for prefix in prefixes]
-    greedy = jax.jit(lambda e, m: decoding.generate(module, parameters, e, m, GenerationConfig(7), END))
+    greedy = jax.jit(lambda e, m: decoding.generate(module, parameters, e, m, GenerationConfig(7), END).tokens[:, 0])
     for prefix, tokens in zip(prefixes, expected, strict=True):
         assert greedy(prefix[None], jnp.ones((1, len(prefix)), bool))[0].tolist() == tokens
     for side in ("left", "right", "middle"):
@@ -106,11 +106,11 @@ def test_greedy_is_the_naive_loop_alone_and_in_a_ragged_batch(model):
 def test_greedy_stops_at_the_end_token(model):
     module, parameters = model
     prefix = jax.random.normal(jax.random.key(4), (1, 3, 24))
-    free = decoding.generate(module, parameters, prefix, jnp.ones((1, 3), bool), GenerationConfig(6), 30)[0].tolist()
+    write = lambda end: decoding.generate(module, parameters, prefix, jnp.ones((1, 3), bool), GenerationConfig(6), end)
+    free = write(30).tokens[0, 0].tolist()
     end = free[2]
     first = free.index(end)
-    ended = decoding.generate(module, parameters, prefix, jnp.ones((1, 3), bool), GenerationConfig(6), end)[0]
-    assert ended.tolist() == [*free[: first + 1], *[end] * (5 - first)]
+    assert write(end).tokens[0, 0].tolist() == [*free[: first + 1], *[end] * (5 - first)]
 
 
 def test_join_leaves_no_gap():

@@ -216,17 +216,21 @@ def _reranked(case: Case, similarity: np.ndarray, encoder, built, trees, mesh) -
 
 
 def captions(case: Case, mesh: Mesh | None) -> Quantities:
-    """What the Q-Former writes greedily. The original's lengths count [DEC], which its ids begin with."""
+    """What the Q-Former writes. The original's lengths count [DEC], which its ids begin with."""
     encoder, _, tower = golden.vit(case, prefix="visual_encoder.")
     _, built = golden.stage1(case)
     trees = {"vision": tower.parameters, "trainable": built.parameters}
     tokens = case.architecture["qformer"]
-    found = {}
-    for name, recorded in case.meta["gen"].items():
-        if not isinstance(recorded, dict) or "captions" not in recorded or recorded["kw"]["num_beams"] > 1:
-            continue
-        limits = recorded["kw"]
-        config = decoding.GenerationConfig(limits["max_length"] - 1, limits["min_length"] - 1)
+    found: Quantities = {}
+    for recorded in [name for name in case.outputs if re.fullmatch(r"cap\w*\.ids", name)]:
+        name, ids = recorded.removesuffix(".ids"), case.outputs[recorded]
+        # Of beam search, which the original cannot run as it is, the name says it all: cap_beam3_min8.
+        beams, least = re.fullmatch(r"cap_beam(\d+)(?:_min(\d+))?", name).groups()
+        limits = case.meta["gen"].get(name, {}).get("kw", {})
+        shortest, longest = limits.get("min_length", least), limits.get("max_length", ids.shape[1])
+        config = decoding.GenerationConfig(
+            longest - 1, max(int(shortest) - 1, 0), num_beams=int(beams), convention="lavis"
+        )
 
         def write(trees, batch, config=config):
             embeds = ViT(encoder).apply({"params": trees["vision"]}, batch["image"])
@@ -235,13 +239,14 @@ def captions(case: Case, mesh: Mesh | None) -> Quantities:
             constants = config, tokens["dec_id"], tokens["sep_id"]
             return decoding.caption(built.module, trees["trainable"], cache, *constants)
 
-        ids = golden.run(write, trees, {"image": case.image("image")}, mesh)
-        recorded_ids = case.outputs[f"{name}.ids"]
-        start = np.full((len(ids), 1), tokens["dec_id"])
+        written = golden.run(write, trees, {"image": case.image("image")}, mesh)
+        new = written.tokens[:, 0]
         # The original fills rows up with [PAD] behind their end, and stops when all have ended.
-        ends = np.cumsum(np.pad(ids[:, :-1], ((0, 0), (1, 0))) == tokens["sep_id"], axis=1) > 0
-        padded = np.concatenate([start, np.where(ends, tokens["pad_id"], ids)], axis=1)
-        found[f"{name}.ids"] = padded[:, : recorded_ids.shape[1]]
+        ends = np.cumsum(np.pad(new[:, :-1], ((0, 0), (1, 0))) == tokens["sep_id"], axis=1) > 0
+        start = np.full((len(new), 1), tokens["dec_id"])
+        found[recorded] = np.concatenate([start, np.where(ends, tokens["pad_id"], new)], axis=1)[:, : ids.shape[1]]
+        if f"{name}.scores" in case.outputs:
+            found[f"{name}.scores"] = written.scores[:, 0]
     return found
 
 

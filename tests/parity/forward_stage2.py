@@ -33,7 +33,7 @@ class Model(NamedTuple):
     trees: dict[str, Any]
 
 
-def _model(case: Case, instruct: bool, projection: str = "", kind: str = "") -> Model:
+def build(case: Case, instruct: bool, projection: str = "", kind: str = "") -> Model:
     config, _, tower = golden.vit(case, prefix="visual_encoder.")
     prompter = golden.soft_prompt(case, instruct, projection)[1]
     language = golden.language_model(case, kind)[1]
@@ -45,7 +45,7 @@ def _is_block(module, _name: str) -> bool:
     return type(module).__name__ == "Block"
 
 
-def _soft_prompt(model: Model, trees, batch) -> tuple[Any, dict[str, Any]]:
+def soft_prompt(model: Model, trees, batch) -> tuple[Any, dict[str, Any]]:
     """The soft prompt, and what the modules before it said."""
     embeds, blocks = model.vision.apply(
         {"params": trees["vision"]}, batch["image"], capture_intermediates=_is_block, mutable="intermediates"
@@ -63,7 +63,7 @@ def _soft_prompt(model: Model, trees, batch) -> tuple[Any, dict[str, Any]]:
     return prompt, {"image_embeds": embeds, "blocks": blocks["intermediates"]} | inner["intermediates"]
 
 
-def _embed(model: Model, trees, ids):
+def embed(model: Model, trees, ids):
     return model.language.module.apply({"params": trees["language"]}, ids, method="embed")
 
 
@@ -124,17 +124,17 @@ def _hidden(inner: dict[str, Any]) -> list[np.ndarray]:
 
 def _lavis(case: Case, mesh: Mesh | None, projection: str, kind: str, instruct: bool = False) -> Quantities:
     """Every training pass and every beginning of a generation that the case has."""
-    model = _model(case, instruct, projection, kind)
+    model = build(case, instruct, projection, kind)
     passes = sorted({name.partition(".")[0] for name in case.outputs if name.endswith(".inputs_embeds")})
     found: Quantities = {}
     for name in passes:
-        inputs = _lavis_inputs(case, name, instruct)
+        inputs = lavis_inputs(case, name, instruct)
         if inputs is not None:
             found |= _lavis_pass(case, name, model, inputs, mesh)
     return found
 
 
-def _lavis_inputs(case: Case, name: str, instruct: bool) -> dict[str, np.ndarray] | None:
+def lavis_inputs(case: Case, name: str, instruct: bool) -> dict[str, np.ndarray] | None:
     """The recorded inputs of a pass; None where tokens are not recorded."""
     get = lambda *names: next((case.inputs[key] for key in names if key in case.inputs), None)
     generation = name.startswith("gen_")
@@ -156,8 +156,8 @@ def _lavis_inputs(case: Case, name: str, instruct: bool) -> dict[str, np.ndarray
 
 def _lavis_pass(case: Case, name: str, model: Model, inputs, mesh: Mesh | None) -> Quantities:
     def forward(trees, batch):
-        prompt, inner = _soft_prompt(model, trees, batch)
-        embeds = jnp.concatenate([prompt, _embed(model, trees, batch["ids"])], axis=1)
+        prompt, inner = soft_prompt(model, trees, batch)
+        embeds = jnp.concatenate([prompt, embed(model, trees, batch["ids"])], axis=1)
         says = {}
         if "labels" in batch and isinstance(model.language.module, T5):
             says = _encoder_decoder(model, trees, embeds, batch["mask"], batch["labels"])
@@ -201,15 +201,15 @@ def instruct_vicuna(case: Case, mesh: Mesh | None) -> Quantities:
 # transformers.
 
 
-def _put(prompt, embeds, is_image):
+def put(prompt, embeds, is_image):
     """The soft prompt in the place of the image tokens bool[B, T]."""
     place = jnp.maximum(jnp.cumsum(is_image, axis=1) - 1, 0)
     return jnp.where(is_image[..., None], jnp.take_along_axis(prompt, place[..., None], axis=1), embeds)
 
 
-def _whole_model(case: Case) -> tuple[Model, dict[str, np.ndarray]]:
+def whole_model(case: Case) -> tuple[Model, dict[str, np.ndarray]]:
     """Model and batch of a case with a loss."""
-    model = _model(case, instruct="qformer_input_ids" in case.inputs)
+    model = build(case, instruct="qformer_input_ids" in case.inputs)
     names = ("input_ids", "attention_mask", "labels", "labels_prompt_masked")
     batch = {"image": case.image("pixel_values")} | {name: case.inputs[name] for name in names if name in case.inputs}
     if "qformer_input_ids" in case.inputs:
@@ -218,11 +218,11 @@ def _whole_model(case: Case) -> tuple[Model, dict[str, np.ndarray]]:
     return model, batch
 
 
-def _whole_forward(case: Case, model: Model, trees, batch) -> tuple[Quantities, Any, dict[str, Any]]:
+def whole_forward(case: Case, model: Model, trees, batch) -> tuple[Quantities, Any, dict[str, Any]]:
     """What the language model says, the soft prompt, and what the modules before it said."""
-    prompt, inner = _soft_prompt(model, trees, batch)
+    prompt, inner = soft_prompt(model, trees, batch)
     is_image = batch["input_ids"] == case.config["image_token_index"]
-    embeds = _put(prompt, _embed(model, trees, batch["input_ids"]), is_image)
+    embeds = put(prompt, embed(model, trees, batch["input_ids"]), is_image)
     mask = batch["attention_mask"]
     if isinstance(model.language.module, T5):
         return _encoder_decoder(model, trees, embeds, mask, batch["labels"]), prompt, inner
@@ -245,8 +245,8 @@ def whole_gradients(case: Case, mesh: Mesh | None) -> Quantities:
 
 def gradients(case: Case, mesh: Mesh | None) -> Quantities:
     """The same in float32, unless it is called within `golden.float64`."""
-    model, batch = _whole_model(case)
-    loss = lambda trees, batch: _whole_forward(case, model, trees, batch)[0]["loss"]
+    model, batch = whole_model(case)
+    loss = lambda trees, batch: whole_forward(case, model, trees, batch)[0]["loss"]
     gradients = golden.run(jax.grad(loss), model.trees, batch, mesh)
     parts = {"vision": golden.vit(case)[2], "trainable": model.prompter, "language": model.language}
     return {
@@ -258,8 +258,8 @@ def gradients(case: Case, mesh: Mesh | None) -> Quantities:
 
 def conditional_generation(case: Case, mesh: Mesh | None) -> Quantities:
     """Blip2ForConditionalGeneration, InstructBlipForConditionalGeneration and Blip2Model."""
-    model, batch = _whole_model(case)
-    forward = lambda trees, batch: _whole_forward(case, model, trees, batch)
+    model, batch = whole_model(case)
+    forward = lambda trees, batch: whole_forward(case, model, trees, batch)
     says, prompt, inner = golden.run(forward, model.trees, batch, mesh)
     mask, recorded = batch["attention_mask"], case.outputs
     found: Quantities = {name: says[name] for name in says if name.startswith("loss") and name in recorded}
@@ -318,7 +318,7 @@ def _features(case: Case, model: Model, inner: dict[str, Any], mesh: Mesh | None
     # The text of an OPT alone; the recorded ids are cut so that none is the image token.
     largest = int(case.meta["notes"].partition("max=")[2].rstrip(")"))
     ids, mask = np.minimum(case.inputs["input_ids"], largest), case.inputs["attention_mask"]
-    read = lambda trees, batch: _decoder_hidden(model, trees, _embed(model, trees, batch["ids"]), batch["mask"])
+    read = lambda trees, batch: _decoder_hidden(model, trees, embed(model, trees, batch["ids"]), batch["mask"])
     text = golden.run(read, model.trees, {"ids": ids, "mask": mask}, mesh)
     name = "text_features.last_hidden_state"
     found[name] = _where(text, recorded[name], mask)
@@ -335,7 +335,7 @@ def _resized(case: Case, model: Model, size: int, mesh: Mesh | None) -> Quantiti
     positions = resize_positions(tower.parameters["positions"], config.image_size, large, dialect.align_corners)
     trees = model.trees | {"vision": tower.parameters | {"positions": positions}}
     resized = model._replace(vision=ViT(large))
-    forward = lambda trees, batch: _soft_prompt(resized, trees, batch)[1]
+    forward = lambda trees, batch: soft_prompt(resized, trees, batch)[1]
     inner = golden.run(forward, trees, {"image": case.image(f"pixel_values_{size}")}, mesh)
     return {
         f"interp{size}.position_embedding": positions[None],

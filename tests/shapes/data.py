@@ -15,7 +15,7 @@ from blip2_jax.data.features import FeaturePlan, FeatureTable, View
 from blip2_jax.data.pipeline import Part, Pictures
 from tests.shapes.lengths import B, K, N, P, S, T, V, W
 from tests.shapes.promises import Late, bfloat16, bool_, float16, float32, int32, ran, uint8, uint32
-from tests.shapes.tasks import STAGE1, STAGE2, prepare
+from tests.shapes.tasks import STAGE1, prepare
 
 WIDTH, HEIGHT = 40, 30
 
@@ -57,7 +57,7 @@ TABLE = Late(table)
 PIXELS, TOKENS = Pictures("pixels", SOURCE, View(S)), TABLE.then(partial(Pictures, "tokens", SOURCE, View(S)))
 PICTURE = Late(lambda _: images.Picture(encoded()))
 RNG = Late(lambda _: np.random.default_rng(0))
-EXAMPLE = {"key": str, "caption": str, "image_id": uint32[2]}
+EXAMPLE, CAPTIONS = {"key": str, "caption": str, "image_id": uint32[2]}, {"captions": [str] * 2}
 
 
 def batch(rows: int) -> dict:
@@ -80,11 +80,6 @@ PROMISES = [
         gives=(int32[3, T], bool_[3, T]),
     ),
     ran(text.log_frequencies, int32[B, T], bool_[B, T], V, gives=float32[V]),
-    ran(
-        text.LanguageTokenizer.prompts,
-        *(STAGE2.then(lambda task: task.tokenizer), ["a red square", "a", "a"], T),
-        gives=(int32[3, T], bool_[3, T]),
-    ),
     ran(View.render, View(S), record(0), 0, 0, gives=uint8[S, S, 3]),
     ran(View.render, CROPS, record(0), 0, 1, gives=uint8[S, S, 3]),
     ran(FeatureTable.__getitem__, TABLE, (1, 2), gives=float16[P, W]),
@@ -94,7 +89,7 @@ PROMISES = [
     ran(features.compute, SOURCE, PLAN, encode, Late(lambda folder: folder / "features"), "test", gives=None),
     ran(Pictures.image, PIXELS, record(0), 0, RNG, gives={"image": uint8[S, S, 3]}),
     ran(Pictures.image, TOKENS, record(0), 0, RNG, gives={"image_embeds": float16[P, W]}),
-    ran(Pictures.example, PIXELS, 1, gives=EXAMPLE | {"image": uint8[S, S, 3]}),
+    ran(Pictures.example, PIXELS, 1, gives=EXAMPLE | CAPTIONS | {"image": uint8[S, S, 3]}),
     ran(Pictures.example, TOKENS, 1, RNG, gives=EXAMPLE | {"image_embeds": float16[P, W]}),
     ran(
         pipeline.collate_images,
@@ -112,7 +107,7 @@ PROMISES = [
         pipeline.evaluation_batches,
         *(TOKENS, pipeline.collate_images, 7),
         then=next,
-        gives=([EXAMPLE | {"image_embeds": float16[P, W]}] * N + [None] * (7 - N), batch(7)),
+        gives=([EXAMPLE | CAPTIONS | {"image_embeds": float16[P, W]}] * N + [None] * (7 - N), batch(7)),
     ),
     ran(pipeline.check_batch, batch(3), batch(3), gives=None),
     ran(sources.identify, "text", "a", gives=uint32[2]),

@@ -5,23 +5,34 @@ from __future__ import annotations
 import jax.numpy as jnp
 import numpy as np
 
-from blip2_jax.evaluation import baselines, batches, retrieval, visdial
+from blip2_jax.evaluation import baselines, batches, classification, retrieval, search, visdial
+from blip2_jax.evaluation.retrieval import Found
 from blip2_jax.parallel import mesh
-from tests.shapes.lengths import B, P, T, U, W
-from tests.shapes.promises import Late, bool_, float16, float32, int64, ran
+from tests.shapes.lengths import B, E, P, Q, T, U, W
+from tests.shapes.promises import Late, bool_, float16, float32, int32, int64, ran
 
 RECALLS = dict.fromkeys(("r1", "r5", "r10"), float)
 DIRECTIONS = dict.fromkeys(("text_to_image", "image_to_text"), RECALLS)
 LOGITS = float32[B, 2], float32[B], 0.07
+FOUND = Found(float32[T, 3], int32[T, 3])
+GALLERY = retrieval.Gallery(["a"] * U, [0] * U, np.arange(T), T)
 
 RETRIEVAL = [
-    ran(retrieval.ranking, float32[T, U], gives=int64[T, U]),
-    ran(retrieval.recalls, float32[T, U], bool_[T, U], gives=RECALLS),
-    ran(retrieval.both_directions, float32[T, U], bool_[T, U], float32[U, T], gives=DIRECTIONS),
-    ran(retrieval.chance, bool_[T, U], gives=DIRECTIONS),
-    *[ran(rule, *LOGITS, gives=float32[B]) for rule in (retrieval.posterior, retrieval.tempered, retrieval.lavis)],
-    ran(retrieval.rerank, float32[T, U], lambda row, column: np.float32(row + column), 3, gives=float32[T, U]),
-    ran(retrieval.gallery, ["a", "b", "a"], gives=retrieval.Gallery([str] * 2, [int] * 2, bool_[3, 2])),
+    ran(retrieval.best, float32[T, U], 3, gives=FOUND),
+    ran(retrieval.recalls, bool_[T, 3], gives=RECALLS),
+    ran(retrieval.both_directions, GALLERY, FOUND, Found(float32[U, 3], int32[U, 3]), gives=DIRECTIONS),
+    ran(retrieval.chance, GALLERY, gives=DIRECTIONS),
+    *[ran(rule, *LOGITS, gives=float32[B]) for rule in retrieval.RULES.values()],
+    ran(retrieval.rerank, FOUND, float32[T, 2], gives=FOUND),
+    ran(
+        retrieval.gallery,
+        [["a", "b"], ["b"], ["a"]],
+        gives=retrieval.Gallery([str] * 2, [int] * 2, int64[4], int),
+    ),
+    ran(retrieval.Gallery.right, GALLERY, int32[T, 3], int64[T, 1], gives=bool_[T, 3]),
+    ran(retrieval.Gallery.counts, GALLERY, gives=(int64[T], int64[U])),
+    ran(classification.class_features, float32[3 * T, W], 3, gives=float32[T, W]),
+    ran(classification.accuracies, int32[B, 6], int64[B], gives={"top1": float, "top5": float}),
 ]
 
 # Of eight rows on one device.
@@ -37,6 +48,17 @@ def read(layout: batches.Layout) -> batches.Reading:
 
 READING = LAYOUT.then(read)
 
+
+def on_disk(_) -> search.RowsOnDisk:
+    """Features of three batches."""
+    rows = search.RowsOnDisk()
+    for _ in range(3):
+        rows.append(np.zeros((8, Q, E), np.float32))
+    return rows
+
+
+ON_DISK = Late(on_disk)
+
 BATCHES = [
     ran(batches.Layout.rows.fget, LAYOUT, gives=int64[8]),
     ran(batches.Layout.place, LAYOUT, {"x": float32[8, T]}, gives={"x": float32[8, T]}),
@@ -47,8 +69,16 @@ BATCHES = [
         then=list,
         gives=[{"x": float32[8, T], "example_mask": bool_[8]}] * 3,
     ),
-    ran(batches.Layout.shard, LAYOUT, np.arange(U), gives=int64[U]),
-    ran(batches.Layout.deal, LAYOUT, np.zeros(B, int), gives=int64[3, 8]),
+    ran(batches.Layout.run, LAYOUT, lambda x: jnp.sum(x, 0), float32[8, T], gives=float32[T]),
+    ran(batches.Layout.own, LAYOUT, float32[8, T], gives=float32[8, T]),
+    ran(batches.Layout.replicate, LAYOUT, float32[U, T], gives=float32[U, T]),
+    ran(search.RowsOnDisk.append, ON_DISK, float32[8, Q, E], gives=None),
+    ran(search.RowsOnDisk.__iter__, ON_DISK, then=list, gives=[float32[8, Q, E]] * 3),
+    ran(
+        search.search,
+        *(LAYOUT, ON_DISK, np.arange(B), float32[U, E], 4),
+        gives=(Found(float32[B, 4], int32[B, 4]), Found(float32[U, 4], int32[U, 4])),
+    ),
     ran(batches.Reading.of_examples, READING, [float32[8, T]] * 3, gives=float32[B // 2, T]),
     ran(
         batches.in_batches,

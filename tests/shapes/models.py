@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 
-from blip2_jax.models import blip2, layers, qformer
+from blip2_jax.models import blip2, layers, lora, qformer
 from blip2_jax.models.blip2 import Blip2Config, ImageTextModel, SoftPromptModel
 from blip2_jax.models.layers import KeyValue
 from blip2_jax.models.qformer import AttentionPattern, QFormer, QFormerCache, QFormerConfig
@@ -37,9 +37,15 @@ QUERIES, WORDS = bfloat16[B, Q, D], bfloat16[B, T, D]
 BOTH, SEEN = (QUERIES, WORDS), bool_[B, 1, Q + T, Q + T]
 OF_BOTH, DECODED = keys(B, Q + T, H, d), (WORDS, float32[V, D], float32[V])
 ROOMY = QFormerCache((keys(C - 1, B, Q + T, H, d),) * 2, (keys(B, Q + T, H, d),))
-NEXT = bfloat16[B, D], float32[V, D], float32[V], ROOMY
+NEXT, AHEAD = (WORDS, ROOMY), bool_[B, 1, T, Q + T]
 
 LAYERS = [
+    traced(layers.Dense.__call__, layers.Dense(E, dtype=jnp.bfloat16), float32[B, T, D], gives=bfloat16[B, T, E]),
+    traced(
+        layers.DenseGeneral.__call__,
+        *(layers.DenseGeneral(D, axis=(-2, -1), dtype=jnp.bfloat16), float32[B, T, H, d]),
+        gives=WORDS,
+    ),
     traced(layers.RMSNorm.__call__, layers.RMSNorm(1e-6, jnp.bfloat16), float32[B, T, D], gives=WORDS),
     traced(layers.dropout_mask, KEY, NUMBERS, 0.5, (T, D), gives=bool_[B, T, D]),
     traced(layers.Dropout.__call__, layers.Dropout(0.5), WORDS, NUMBERS, gives=WORDS),
@@ -98,7 +104,7 @@ QFORMERS = [
     ran(QFormerCache.shape.fget, CACHE, gives=(int, int)),
     traced(QFormerCache.with_room, CACHE, T, gives=ROOMY),
     traced(QFormerCache.write, ROOMY, CACHE, int32[()], gives=ROOMY),
-    traced(QFormer.decode_token, QFormer(QFORMER), ROOMY, int32[B], int32[()], gives=NEXT),
+    traced(QFormer.decode_tokens, QFormer(QFORMER), ROOMY, int32[B, T], int32[T], AHEAD, int32[()], gives=NEXT),
 ]
 
 STAGES = [
@@ -113,7 +119,11 @@ STAGES = [
     traced(ImageTextModel.text_features, ImageTextModel(BLIP2), *TEXT, dropout_rows=NUMBERS, gives=float32[B, E]),
     traced(ImageTextModel.match, ImageTextModel(BLIP2), IMAGE, *TEXT, dropout_rows=NUMBERS, gives=float32[B, 2]),
     traced(ImageTextModel.caption_features, ImageTextModel(BLIP2), CACHE, *TEXT, dropout_rows=NUMBERS, gives=DECODED),
-    traced(ImageTextModel.next_features, ImageTextModel(BLIP2), ROOMY, int32[B], int32[()], gives=NEXT),
+    traced(
+        ImageTextModel.next_features,
+        *(ImageTextModel(BLIP2), ROOMY, int32[B, T], int32[T], AHEAD, int32[()]),
+        gives=NEXT,
+    ),
     traced(SoftPromptModel.__call__, SoftPromptModel(BLIP2, M), float32[B, P, W], gives=bfloat16[B, Q, M]),
     traced(
         SoftPromptModel.__call__,
@@ -162,4 +172,33 @@ ENCODERS = [
     ran(vit.resize_positions, float32[17, D], 4 * b, VIT, False, gives=float32[10, D]),
 ]
 
-PROMISES = LAYERS + QFORMERS + STAGES + ENCODERS
+# Adapters of a matrix with heads that is stacked over layers, beside one without any.
+MATRICES = {"query": {"kernel": bfloat16[L, D, H, d]}, "up": {"kernel": bfloat16[D, F]}}
+BASE = lora.Adaptable(MATRICES, {"query": lora.Matrix(1, 2), "up": lora.Matrix(1, 1)})
+BEGUN = {"query": {"lora_a": float32[L, D, K], "lora_b": float32[L, K, H, d]}}
+ATTACHED = {"query": MATRICES["query"] | BEGUN["query"], "up": MATRICES["up"]}
+PAIR = lora.Pair(*BEGUN["query"].values(), 1)
+SETTINGS = lora.Settings(K, language="query")
+
+ADAPTERS = [
+    ran(
+        lora.adaptable,
+        lambda key: layers.Dense(D, name="dense").init(key, jnp.zeros((B, F)))["params"],
+        then=lambda base: base.shapes,
+        gives={"kernel": float32[F, D], "bias": float32[D]},
+    ),
+    traced(lora.fresh, KEY, "language", BASE, SETTINGS, gives=BEGUN),
+    traced(lora.attach, MATRICES, BEGUN, 2.0, gives=ATTACHED),
+    traced(
+        lora.assemble,
+        *({"lora": {"language": BEGUN}, "other": float32[D]}, {"language": MATRICES}, 2.0),
+        gives=({"other": float32[D]}, {"language": ATTACHED}),
+    ),
+    traced(lora.bare, ATTACHED, gives=MATRICES),
+    ran(lora.pairs, ATTACHED, gives={"query/kernel": lora.Pair(*BEGUN["query"].values(), int)}),
+    ran(lora.Pair.at, PAIR, (0,), gives=lora.Pair(float32[D, K], float32[K, H, d], int)),
+    traced(lora.Pair.product, lora.Pair(*BEGUN["query"].values(), 1), gives=float32[L, D, H, d]),
+    traced(lora.merge, ATTACHED, gives=MATRICES),
+]
+
+PROMISES = LAYERS + ADAPTERS + QFORMERS + STAGES + ENCODERS

@@ -16,6 +16,7 @@ from blip2_jax.tasks.stage1 import Stage1
 from blip2_jax.tasks.stage1_batches import Stage1Batches
 from blip2_jax.tasks.stage2 import Stage2
 from blip2_jax.tasks.stage2_batches import Stage2Batches
+from blip2_jax.tasks.writing import Prompts, Writing
 from tests import tiny
 from tests.shapes.evaluation import CAPTION, DIRECTIONS
 from tests.shapes.losses import METRICS
@@ -52,11 +53,18 @@ def saved(folder) -> str:
 STAGE1, STAGE2 = (Late(functools.partial(task, stage=stage)) for stage in ("stage1", "stage2"))
 BATCHES1, BATCHES2 = (stage.then(lambda task: task.batches) for stage in (STAGE1, STAGE2))
 FROM_PIXELS = Late(functools.partial(task, stage="stage1", **{"data.feature_views": 0}))
+WRITING = STAGE2.then(lambda task: task.writing)
+SPOKEN = WRITING, STAGE2.then(lambda task: task.language({})), float32[3, Q, M], ["a"] * 3
+ADAPTED = Late(functools.partial(task, stage="stage2", **{"lora.rank": 3, "lora.language": "layers/up"}))
+LEARNT = ADAPTED.then(initialized)
 FIRST, SECOND = STAGE1.then(initialized), STAGE2.then(initialized)
 SOURCE, CHECKPOINT = Late(lambda folder: f"jsonl:{folder / 'pictures' / 'pictures.jsonl'}"), Late(saved)
 SHOWN = STAGE1.then(lambda task: task.pictures(task.config.data.eval, training=False))
 RNG = Late(lambda _: jax.random.key(0))
-DRAWN, DRAWS = GenerationConfig(4, temperature=1.0), Late(lambda _: Draws(jax.random.key(0), np.arange(B)))
+DRAWN, DRAWS = (
+    GenerationConfig(4, num_return_sequences=2, temperature=1.0),
+    Late(lambda _: Draws(jax.random.key(0), np.arange(B))),
+)
 
 
 def leaves(*paths: str):
@@ -93,8 +101,13 @@ VISION = {"positions": float32[P, W], "blocks/up/kernel": float32[2, W, 40]}
 FROZEN = {f"vision/{path}": kind for path, kind in VISION.items()}
 MODEL1 = {"temperature": float32[()], "vision_proj/kernel": float32[W, E], "qformer/query_tokens": float32[1, Q, W]}
 MODEL2 = {"language_projection/kernel": float32[W, M], "qformer/query_tokens": float32[1, Q, W]}
+UP, TOKENS_ALONE = {"layers/up/kernel": float32[2, M, 44]}, {"query_tokens": float32[1, Q, W]}
+ADAPTERS = {"layers/up/lora_a": float32[2, M, 3], "layers/up/lora_b": float32[2, 3, 44]}
+LANGUAGE_ADAPTERS = {f"lora/language/{path}": kind for path, kind in ADAPTERS.items()}
 LANGUAGE = {"language/layers/up/kernel": float32[2, M, 44]}
-RECALLED = {f"retrieval/{by}/{path}": float for by in ("itc", "itm") for path in params.flatten(DIRECTIONS)}
+RANKED = ("itc", "itm", "itm_alone", "itm_lavis")
+RECALLED = {f"retrieval/{by}/{path}": float for by in RANKED for path in params.flatten(DIRECTIONS)}
+CLASSES = ["a", "red", "blue"]
 LOSSES = dict.fromkeys(("loss_itc", "loss_itm", "loss_itg"), float)
 WRITTEN = {f"caption/{name}": float for name in (*CAPTION, "loss", "shuffled_image_loss_increase")}
 
@@ -120,6 +133,9 @@ BOTH_STAGES = [
     ran(Stage1.training_parts, STAGE1, then=tables, gives=[(int, float16[P, W])]),
     ran(Stage2.training_parts, STAGE2, then=tables, gives=[(int, float16[P, W])]),
     ran(Task.sentence_embeddings, STAGE1, ["a red square"] * B, gives=float32[B, W]),
+    ran(Task.adaptable, STAGE1, "qformer", then=lambda base: leaves("query_tokens")(base.shapes), gives=TOKENS_ALONE),
+    traced(Task.fresh, ADAPTED, KEY, then=leaves(*LANGUAGE_ADAPTERS), on=HERE, gives=LANGUAGE_ADAPTERS),
+    ran(Task.assembled, ADAPTED, LEARNT, then=leaves(*LANGUAGE_ADAPTERS), gives=LANGUAGE_ADAPTERS),
     ran(Task.initialize, STAGE2, RNG, then=leaves(*MODEL2), gives=MODEL2),
 ]
 
@@ -127,7 +143,7 @@ FIRST_STAGE = [
     ran(Stage1Batches.schema, BATCHES1, B, gives=CAPTIONS),
     ran(Stage1Batches.prepare_caption, BATCHES1, EXAMPLE, None, gives=PREPARED | {"text": str}),
     ran(Stage1Batches.collate, BATCHES1, [EXAMPLE | {"text": "a red square"}] * B, gives=TOKENS | CAPTIONS),
-    traced(Stage1.fresh, STAGE1, KEY, then=leaves(*MODEL1), on=HERE, gives=MODEL1),
+    traced(Stage1.fresh_model, STAGE1, KEY, then=leaves(*MODEL1), on=HERE, gives=MODEL1),
     ran(Stage1.initialize, STAGE1, RNG, then=leaves(*MODEL1), gives=MODEL1),
     traced(
         Stage1.value_and_gradients,
@@ -146,7 +162,12 @@ FIRST_STAGE = [
         *(STAGE1, FIRST, float32[B, P, W], float32[B, Q, E], ["a red square"] * B),
         gives=(float32[B], float32[B, 2]),
     ),
-    ran(Stage1.captions, STAGE1, FIRST, float32[B, P, W], DRAWN, [DRAWS] * 2, gives=[[str] * 2] * B),
+    ran(Stage1.captions, STAGE1, FIRST, float32[B, P, W], DRAWN, DRAWS, gives=[[str] * 2] * B),
+    ran(
+        Stage1.class_features,
+        *(STAGE1, FIRST, STAGE1.then(lambda task: task.evaluation_layout()), CLASSES, ["a {}", "{}"]),
+        gives=float32[3, E],
+    ),
     ran(Stage1.evaluate, STAGE1, FIRST, SHOWN, then=lambda found: found[0], gives=LOSSES | RECALLED),
 ]
 
@@ -157,7 +178,9 @@ SECOND_STAGE = [
     ran(
         Stage2Batches.collate, BATCHES2, [EXAMPLE | {"prompt_ids": [1], "target_ids": [3, 2]}] * B, gives=TOKENS | TEXTS
     ),
-    traced(Stage2.fresh, STAGE2, KEY, then=leaves(*MODEL2), on=HERE, gives=MODEL2),
+    traced(Stage2.fresh_model, STAGE2, KEY, then=leaves(*MODEL2), on=HERE, gives=MODEL2),
+    ran(Stage2.adaptable, ADAPTED, "language", then=lambda base: leaves("layers/up/kernel")(base.shapes), gives=UP),
+    ran(Stage2.language, ADAPTED, LEARNT, then=leaves(*UP, *ADAPTERS), gives=UP | ADAPTERS),
     ran(Stage2.frozen_shapes, STAGE2, then=leaves(*LANGUAGE), gives=LANGUAGE),
     ran(Stage2.frozen.fget, STAGE2, then=leaves(*LANGUAGE), gives=LANGUAGE),
     traced(
@@ -173,8 +196,13 @@ SECOND_STAGE = [
         gives=float32[B, Q, M],
     ),
     traced(Stage2.soft_prompt, STAGE2, SECOND.then(kinds), float32[B, P, W], on=HERE, gives=float32[B, Q, M]),
-    ran(Stage2.generate, STAGE2, float32[3, Q, M], ["a"] * 3, GenerationConfig(4), gives=[str] * 3),
-    ran(Stage2.captions, STAGE2, SECOND, float32[B, P, W], DRAWN, [DRAWS] * 2, gives=[[str] * 2] * B),
+    ran(Stage2.read, STAGE2, SECOND, float32[3, P, W], ["a"] * 3, gives=float32[3, Q, M]),
+    ran(Stage2.captions, STAGE2, SECOND, float32[B, P, W], DRAWN, DRAWS, gives=[[str] * 2] * B),
+    ran(Stage2.language_parameters.func, STAGE2, then=leaves(*UP), gives=UP),
+    ran(Writing.instructions, WRITING, ["a"], gives={}),
+    ran(Writing.prompts, WRITING, ["a", "a red"], 3, gives=Prompts(int32[2, 16], bool_[2, 16])),
+    ran(Writing.write, *SPOKEN, GenerationConfig(4), gives=[[str]] * 3),
+    ran(Writing.log_probabilities, *SPOKEN, [["a", "red"]] * 3, gives=float32[3, 2]),
     ran(Stage2.evaluate, STAGE2, SECOND, SHOWN, then=lambda found: found[0], gives=WRITTEN),
 ]
 
@@ -185,6 +213,7 @@ STARTS = [
 ]
 
 ATTENTION = [
+    ran(attention.overlay, uint8[16, 16, 3], float32[2, 9], then=np.asarray, gives=uint8[16, 32, 3]),
     ran(attention.cross_attention, STAGE1, FIRST, float16[B, P, W], gives=float32[B, Q, P]),
     ran(
         attention.samples,

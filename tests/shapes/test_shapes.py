@@ -25,7 +25,7 @@ ROOMS = (
     r"(objectives|models|tasks|evaluation)/.*",
     r"data/(features|images|pipeline|text)",  # The others hold encoded pictures.
     r"parallel/(rows|exchange|mesh|sharding)",
-    r"decoding|optimizer|params|step",
+    r"decoding/.*|optimizer|params|step",
 )
 
 # What an annotation may consist of that speaks of no array. A bare dict may hold some.
@@ -57,7 +57,10 @@ NOT_ARRAYS = {
     *("tasks.common.Task.source", "tasks.common.Task.view", "tasks.common.Task.feature_plan"),
     *("tasks.common.Task.filters", "data.features.FeaturePlan.facts"),
     *("data.pipeline.order_identity", "data.pipeline.check_order"),
-    # A protocol.
+    # Protocols, and what makes functions of arrays, which the loop's own promises go through.
+    *("decoding.lines.Choice.start", "decoding.lines.Choice.choose", "decoding.lines.Choice.finish"),
+    *("decoding.writers.decoder", "decoding.writers.encoder_decoder", "decoding.writers.qformer"),
+    *("decoding.writers.writer_of", "decoding.lines.write"),
     *("tasks.common.Batches.collate", "tasks.common.Batches.schema"),
     # It builds what has functions of arrays.
     *("models.vision.build", "models.vision.is_ours", "parallel.rows.rows_of"),
@@ -67,6 +70,8 @@ NOT_ARRAYS = {
     "tasks.common.Task.evaluation_layout",
     # Texts and numbers of them.
     *("evaluation.vqa.accuracy", "evaluation.vqa.lemmatizer", "evaluation.results.rows", "evaluation.results.write"),
+    # Settings alone.
+    *("models.lora.resolve", "models.lora.check_same"),
 }
 
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+from collections.abc import Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -95,7 +97,8 @@ class Decoder(nn.Module):
         cache: KeyValue | None = None,
         offset: jax.Array | int = 0,
         dropout_rows: jax.Array | None = None,
-    ) -> tuple[jax.Array, KeyValue | None]:
+        apart: Sequence[dict] | None = None,
+    ) -> tuple[jax.Array, KeyValue | tuple[KeyValue, ...] | None]:
         """Hidden states after the last norm.
 
         Args:
@@ -105,13 +108,21 @@ class Decoder(nn.Module):
           cache: of `empty_cache`; these tokens are written to its slots offset .. offset + T.
           offset: first free slot.
           dropout_rows: uint32[B] of `layers.Dropout`, in families that have dropout; None: nothing is dropped.
+          apart: of `one_by_one`, the parameters of each layer; the cache is then a tuple of theirs, too. Otherwise the
+            layers are scanned.
 
         Returns:
           float[B, T, D] and the grown cache (None if there was none).
         """
         x = self.place(inputs_embeds.astype(self.config.dtype), positions)
-        x, cache = self.layers(x, cache, positions, mask, offset, dropout_rows)
-        return self.norm(x), cache
+        if apart is None:
+            x, cache = self.layers(x, cache, positions, mask, offset, dropout_rows)
+            return self.norm(x), cache
+        layer, grown = self.layer()(self.config, parent=None), []
+        for parameters, own in zip(apart, cache, strict=True):
+            x, own = layer.apply({"params": parameters}, x, own, positions, mask, offset, dropout_rows)
+            grown.append(own)
+        return self.norm(x), tuple(grown)
 
     def head(self) -> jax.Array:
         """float[V, D]: logits are hidden @ head.T."""
@@ -123,6 +134,12 @@ class Decoder(nn.Module):
         positions = jnp.broadcast_to(jnp.arange(length), token_ids.shape)
         hidden, _ = self(self.embed(token_ids), positions, jnp.ones((1, 1, length, length), bool))
         return hidden @ self.head().T
+
+
+def one_by_one(stacked: Any) -> tuple[Any, ...]:
+    """From what is stacked over layers, [L, ...] at every leaf, what each has."""
+    count = len(jax.tree.leaves(stacked)[0])
+    return tuple(jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(count))
 
 
 def update_cache(cache: KeyValue | None, key: jax.Array, value: jax.Array, offset) -> tuple[KeyValue, KeyValue | None]:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from blip2_jax.models.language.decoder import Decoder, DecoderConfig, update_cache
-from blip2_jax.models.layers import KeyValue, RMSNorm, dot_product_attention
+from blip2_jax.models.layers import Dense, DenseGeneral, KeyValue, RMSNorm, dot_product_attention
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,15 +97,15 @@ class LlamaLayer(nn.Module):
     @nn.compact
     def __call__(self, x, cache: KeyValue | None, positions, mask, offset, _):
         c = self.config
-        heads = lambda count, name: nn.DenseGeneral((count, c.head_size), use_bias=c.qkv_bias, dtype=c.dtype, name=name)
+        heads = lambda count, name: DenseGeneral((count, c.head_size), use_bias=c.qkv_bias, dtype=c.dtype, name=name)
         h = RMSNorm(c.norm_epsilon, c.dtype, name="attention_norm")(x)
         query = rotate(heads(c.heads, "query")(h), positions, c.rope)
         key = rotate(heads(c.kv_heads, "key")(h), positions, c.rope)
         seen, cache = update_cache(cache, key, heads(c.kv_heads, "value")(h), offset)
         h = dot_product_attention(query, seen.key, seen.value, mask)
-        x = x + nn.DenseGeneral(c.width, axis=(-2, -1), use_bias=False, dtype=c.dtype, name="output")(h)
+        x = x + DenseGeneral(c.width, axis=(-2, -1), use_bias=False, dtype=c.dtype, name="output")(h)
 
-        dense = lambda width, name: nn.Dense(width, use_bias=False, dtype=c.dtype, name=name)
+        dense = lambda width, name: Dense(width, use_bias=False, dtype=c.dtype, name=name)
         h = RMSNorm(c.norm_epsilon, c.dtype, name="mlp_norm")(x)
         h = jax.nn.silu(dense(c.mlp_width, "gate")(h)) * dense(c.mlp_width, "up")(h)
         return x + dense(c.width, "down")(h), cache

@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 
 from blip2_jax.models.language.decoder import Decoder, DecoderConfig, update_cache
-from blip2_jax.models.layers import ACTIVATIONS, Dropout, KeyValue, dot_product_attention
+from blip2_jax.models.layers import ACTIVATIONS, Dense, DenseGeneral, Dropout, KeyValue, dot_product_attention
 
 # The first rows of OPT's position table belong to nothing: position 0 has row 2.
 _OFFSET = 2
@@ -36,7 +36,7 @@ class OPTLayer(nn.Module):
     def __call__(self, x, cache: KeyValue | None, positions, mask, offset, dropout_rows):
         c = self.config
         norm = lambda name: nn.LayerNorm(c.norm_epsilon, dtype=c.dtype, use_fast_variance=False, name=name)
-        heads = lambda name: nn.DenseGeneral((c.heads, c.head_size), dtype=c.dtype, name=name)
+        heads = lambda name: DenseGeneral((c.heads, c.head_size), dtype=c.dtype, name=name)
         h = norm("attention_norm")(x)
         query, key, value = heads("query")(h), heads("key")(h), heads("value")(h)
         seen, cache = update_cache(cache, key, value, offset)
@@ -49,10 +49,10 @@ class OPTLayer(nn.Module):
             dropout_key=None if dropout_rows is None else self.make_rng("dropout"),
             dropout_rows=dropout_rows,
         )
-        h = nn.DenseGeneral(c.width, axis=(-2, -1), dtype=c.dtype, name="output")(h)
+        h = DenseGeneral(c.width, axis=(-2, -1), dtype=c.dtype, name="output")(h)
         x = x + Dropout(c.dropout)(h, dropout_rows)
-        h = ACTIVATIONS[c.activation](nn.Dense(c.mlp_width, dtype=c.dtype, name="up")(norm("mlp_norm")(x)))
-        h = nn.Dense(c.width, dtype=c.dtype, name="down")(h)
+        h = ACTIVATIONS[c.activation](Dense(c.mlp_width, dtype=c.dtype, name="up")(norm("mlp_norm")(x)))
+        h = Dense(c.width, dtype=c.dtype, name="down")(h)
         return x + Dropout(c.dropout)(h, dropout_rows), cache
 
 

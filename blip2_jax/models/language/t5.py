@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -16,7 +17,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from blip2_jax.models.language.decoder import update_cache
-from blip2_jax.models.layers import ACTIVATIONS, Dropout, KeyValue, RMSNorm, causal_mask, dot_product_attention
+from blip2_jax.models.layers import (
+    ACTIVATIONS,
+    Dense,
+    DenseGeneral,
+    Dropout,
+    KeyValue,
+    RMSNorm,
+    dot_product_attention,
+)
+
+# What the decoder reads before the first word (decoder_start_token_id).
+START = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +109,7 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(self, x, given: KeyValue | None, cache: KeyValue | None, offset, mask, bias, dropout_rows):
         c = self.config
-        heads = lambda name: nn.DenseGeneral((c.heads, c.head_size), use_bias=False, dtype=c.dtype, name=name)
+        heads = lambda name: DenseGeneral((c.heads, c.head_size), use_bias=False, dtype=c.dtype, name=name)
         h = RMSNorm(c.norm_epsilon, c.dtype, name="norm")(x)
         query = heads("query")(h)
         if given is None:
@@ -113,7 +125,7 @@ class Attention(nn.Module):
             dropout_key=None if dropout_rows is None else self.make_rng("dropout"),
             dropout_rows=dropout_rows,
         )
-        h = nn.DenseGeneral(c.width, axis=(-2, -1), use_bias=False, dtype=c.dtype, name="output")(h)
+        h = DenseGeneral(c.width, axis=(-2, -1), use_bias=False, dtype=c.dtype, name="output")(h)
         return x + Dropout(c.dropout)(h, dropout_rows), cache
 
 
@@ -125,7 +137,7 @@ class FeedForward(nn.Module):
     @nn.compact
     def __call__(self, x, dropout_rows):
         c = self.config
-        dense = lambda width, name: nn.Dense(width, use_bias=False, dtype=c.dtype, name=name)
+        dense = lambda width, name: Dense(width, use_bias=False, dtype=c.dtype, name=name)
         h = RMSNorm(c.norm_epsilon, c.dtype, name="norm")(x)
         h = ACTIVATIONS[c.activation](dense(c.mlp_width, "gate")(h)) * dense(c.mlp_width, "up")(h)
         h = dense(c.width, "down")(Dropout(c.dropout)(h, dropout_rows))
@@ -159,7 +171,7 @@ class EncoderProjection(nn.Module):
     @nn.compact
     def __call__(self, encoded, _):
         c = self.config
-        heads = lambda name: nn.DenseGeneral((c.heads, c.head_size), use_bias=False, dtype=c.dtype, name=name)
+        heads = lambda name: DenseGeneral((c.heads, c.head_size), use_bias=False, dtype=c.dtype, name=name)
         return encoded, KeyValue(heads("key")(encoded), heads("value")(encoded))
 
 
@@ -173,6 +185,20 @@ class Encoded(NamedTuple):
 
     layers: KeyValue
     mask: jax.Array
+
+
+class Sight(NamedTuple):
+    """Who may be seen in the cache of `T5.decode`, where tokens are not those of one text in their order.
+
+    Attributes:
+      looking: int[T], the place of each token in its text.
+      places: int[S], that of each slot.
+      seen: bool[B or 1, 1, T, S].
+    """
+
+    looking: jax.Array
+    places: jax.Array
+    seen: jax.Array
 
 
 class T5(nn.Module):
@@ -227,8 +253,10 @@ class T5(nn.Module):
         cache: KeyValue | None = None,
         offset: jax.Array | int = 0,
         dropout_rows: jax.Array | None = None,
-    ) -> tuple[jax.Array, KeyValue | None]:
-        """Hidden states after the last norm; the tokens see themselves and those before them.
+        sight: Sight | None = None,
+        apart: Sequence[tuple[dict, KeyValue]] | None = None,
+    ) -> tuple[jax.Array, KeyValue | tuple[KeyValue, ...] | None]:
+        """Hidden states after the last norm.
 
         Args:
           encoded: of `encode`.
@@ -236,22 +264,29 @@ class T5(nn.Module):
           cache: of `empty_cache`; these tokens are written to its slots offset .. offset + T.
           offset: first free slot.
           dropout_rows: uint32[B] of `layers.Dropout`; None: nothing is dropped.
+          sight: who sees whom; None: the tokens are those of one text in its order, and see those before them.
+          apart: of `one_by_one`, the parameters of each layer of the decoder and what it reads of `encoded`; the cache
+            is then a tuple of theirs, too. Otherwise the layers are scanned.
 
         Returns:
           float[B, T, D] and the grown cache (None if there was none).
         """
-        length = inputs_embeds.shape[1]
-        if cache is None:
-            slots, mask = jnp.arange(length), causal_mask(length)
-            looking = slots
-        else:
-            slots = jnp.arange(cache.key.shape[2])
-            looking = offset + jnp.arange(length)
-            mask = (slots[None, :] <= looking[:, None])[None, None]
-        bias = self.decoder_bias(looking, slots)
+        if sight is None:
+            looking = offset + jnp.arange(inputs_embeds.shape[1])
+            places = jnp.arange(inputs_embeds.shape[1] if cache is None else cache.key.shape[2])
+            sight = Sight(looking, places, (places[None, :] <= looking[:, None])[None, None])
+        bias = self.decoder_bias(sight.looking, sight.places)
         encoder_mask = encoded.mask[:, None, None]
         x = self.decoder_dropout(inputs_embeds.astype(self.config.dtype), dropout_rows)
-        x, cache = self.decoder(x, encoded.layers, cache, offset, mask, bias, encoder_mask, dropout_rows)
+        rest = offset, sight.seen, bias, encoder_mask, dropout_rows
+        if apart is None:
+            x, cache = self.decoder(x, encoded.layers, cache, *rest)
+        else:
+            layer, grown = DecoderLayer(self.config, parent=None), []
+            for (parameters, read), own in zip(apart, cache, strict=True):
+                x, own = layer.apply({"params": parameters}, x, read, own, *rest)
+                grown.append(own)
+            cache = tuple(grown)
         return self.decoder_dropout(self.decoder_norm(x), dropout_rows), cache
 
     def head(self) -> jax.Array:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from blip2_jax import decoding
-from blip2_jax.decoding import Draws, GenerationConfig
+from blip2_jax.decoding import Draws, GenerationConfig, sampling
 from blip2_jax.models.blip2 import Blip2Config, ImageTextModel
 from blip2_jax.models.language.llama import Llama, LlamaConfig
 from blip2_jax.models.qformer import QFormerConfig
@@ -41,7 +41,7 @@ def captioner(request):
 def write(captioner, config, draws=None, cache=None):
     model, parameters, images = captioner
     function = functools.partial(decoding.caption, model, config=config, start_token=START, end_token=END)
-    return np.asarray(jax.jit(function)(parameters, images if cache is None else cache, draws=draws))
+    return np.asarray(jax.jit(function)(parameters, images if cache is None else cache, draws=draws).tokens[:, 0])
 
 
 def teacher_forced(captioner, tokens):
@@ -114,8 +114,8 @@ def test_samples_follow_the_distribution():
     config = GenerationConfig(1, temperature=1.3, top_p=0.8, top_k=8)
     count = 20_000
     draws = Draws(jax.random.key(1), jnp.arange(count, dtype=jnp.uint32))
-    draw = jax.jit(lambda logits, draws: decoding._draw(jnp.repeat(logits, count, 0), config, draws, 0))
-    found = np.bincount(np.asarray(draw(logits, draws)), minlength=V) / count
+    draw = jax.jit(lambda logits, draws: sampling.draw(jnp.repeat(logits[:, None], count, 0), config, draws, 0))
+    found = np.bincount(np.asarray(draw(logits, draws))[:, 0], minlength=V) / count
     assert (found[expected == 0] == 0).all()
     np.testing.assert_allclose(found, expected, atol=4 * 0.5 / np.sqrt(count))
 
@@ -123,7 +123,7 @@ def test_samples_follow_the_distribution():
 @pytest.mark.parametrize("amount", [1e-6, 0.3, 0.5, 0.75, 0.9, 2.0])
 def test_the_likeliest_are_those_that_sorting_finds(amount, rng):
     probabilities = rng.dirichlet(np.full(50, 0.3), size=7).astype(np.float32)
-    kept = np.asarray(decoding.likeliest(probabilities, probabilities, amount))
+    kept = np.asarray(sampling.likeliest(probabilities, probabilities, amount))
     for row, found in zip(probabilities, kept, strict=True):
         order = np.argsort(-row, kind="stable")
         needed = np.cumsum(row[order], dtype=np.float64) - row[order] < amount
@@ -132,7 +132,7 @@ def test_the_likeliest_are_those_that_sorting_finds(amount, rng):
 
 def test_equally_likely_tokens_belong_together():
     row = np.asarray([[0.25, 0.125, 0.25, 0.125, 0.25]], np.float32)
-    assert decoding.likeliest(row, np.ones_like(row), 2).tolist() == [[True, False, True, False, True]]
+    assert sampling.likeliest(row, np.ones_like(row), 2).tolist() == [[True, False, True, False, True]]
 
 
 @pytest.fixture(scope="module")
@@ -147,14 +147,15 @@ def test_a_language_model_draws_by_row_as_well(language_model):
     model, parameters = language_model
     prefix, mask = jax.random.normal(jax.random.key(1), (6, 4, 24)), np.ones((6, 4), bool)
     config = GenerationConfig(6, temperature=1.0, top_p=0.9)
-    draw = jax.jit(lambda prefix, mask, draws: decoding.generate(model, parameters, prefix, mask, config, 30, draws))
+    generate = functools.partial(decoding.generate, model, parameters)
+    draw = jax.jit(lambda prefix, mask, draws: generate(prefix, mask, config, 30, draws).tokens)
     rows = jnp.arange(6, dtype=jnp.uint32)
     tokens = draw(prefix, mask, Draws(jax.random.key(2), rows))
     chex.assert_trees_all_equal(draw(prefix[3:5], mask[3:5], Draws(jax.random.key(2), rows[3:5])), tokens[3:5])
     # Hardly any temperature is none.
     cold = GenerationConfig(6, temperature=1e-4)
-    cold = decoding.generate(model, parameters, prefix, mask, cold, 30, Draws(jax.random.key(2), rows))
-    chex.assert_trees_all_equal(cold, decoding.generate(model, parameters, prefix, mask, GenerationConfig(6), 30))
+    cold = generate(prefix, mask, cold, 30, Draws(jax.random.key(2), rows)).tokens
+    chex.assert_trees_all_equal(cold, generate(prefix, mask, GenerationConfig(6), 30).tokens)
     assert (cold != tokens).any()
 
 

@@ -14,6 +14,7 @@ import argparse
 import os
 import statistics
 import sys
+import tempfile
 import time
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # Threads of torch that wait would take the cores from ours.
@@ -63,12 +64,12 @@ def saved(model: transformers.Blip2ForConditionalGeneration, folder: str) -> Non
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--folder", default="/tmp/blip2_bench")
+    parser.add_argument("--folder", help="where the model of transformers is, or is to be; by default in TMPDIR")
     options = parser.parse_args()
-    theirs = original()
-    if not os.path.isdir(options.folder):
-        saved(theirs, options.folder)
-    ours = api.load(options.folder)
+    theirs, folder = original(), options.folder or os.path.join(tempfile.gettempdir(), "blip2_generation")
+    if not os.path.isdir(folder):
+        saved(theirs, folder)
+    ours = api.load(folder)
     versions = {module.__name__: module.__version__ for module in (jax, torch, transformers)}
     print(", ".join(f"{name} {version}" for name, version in versions.items()), f"on {os.cpu_count()} cores")
     for batch in (1, 16):
